@@ -1,0 +1,42 @@
+// The compiled ops: one declaration each, the shapes beside the arguments. Schemas and registration are in ops.cpp.
+//
+// Everything here is written against libtorch's stable ABI, so that one binary serves torch 2.11 and later.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace metareward {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor keyed_uniforms(Tensor keys /* [S] int64 */, Tensor positions /* [S] int64 */);
+
+Tensor paged_attention_decode(
+    Tensor query,        // [S,Hq,D]
+    Tensor key_pages,    // [P,page,Hk,D]
+    Tensor value_pages,  // [P,page,Hk,D]
+    Tensor page_table,   // [S,M] int32
+    Tensor lengths,      // [S] int32
+    double scale);
+
+std::tuple<Tensor, Tensor> sample_tokens(
+    Tensor logits,    // [S,V] float32
+    Tensor uniforms,  // [S] float64
+    double temperature, int64_t top_k, double top_p);
+
+// Log-prob of the targets and log-sum-exp of every row, both [C] float32.
+std::tuple<Tensor, Tensor> logprob_rows(Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, double temperature);
+
+// Overwrites the logits with grad * (onehot - softmax) / temperature.
+void logit_gradient_rows(
+    Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, Tensor lse /* [C] */, Tensor grad /* [C] */,
+    double temperature);
+
+}  // namespace metareward

@@ -1,0 +1,23 @@
+"""The kernels of metareward, importable without the trainer: linear log-probs, paged attention, sampling.
+
+Every op has a plain PyTorch implementation and, where the compiled library is present, a C++ one for the CPU.
+`report()` says which implementation of each op runs in this process.
+"""
+
+from __future__ import annotations
+
+from metareward_kernels.dispatch import implementation, report
+from metareward_kernels.linear_logprob import linear_logprob
+from metareward_kernels.paged_attention import paged_attention_decode
+from metareward_kernels.random_keys import keyed_uniforms, request_key
+from metareward_kernels.sample import sample_tokens
+
+__all__ = [
+    "implementation",
+    "keyed_uniforms",
+    "linear_logprob",
+    "paged_attention_decode",
+    "report",
+    "request_key",
+    "sample_tokens",
+]

@@ -1,0 +1,50 @@
+"""Shapes of the compiled ops for fake tensors, so that torch.compile and torch.library.opcheck can trace them.
+
+Their schemas are in csrc/ops.cpp; this is registered once, after the library is loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _keyed_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty(keys.shape, dtype=torch.float64, device=keys.device)
+
+
+def _paged_attention_decode(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+def _sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        torch.empty(rows, dtype=torch.int64, device=logits.device),
+        torch.empty(rows, dtype=torch.float32, device=logits.device),
+    )
+
+
+def _logprob_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        torch.empty(rows, dtype=torch.float32, device=logits.device),
+        torch.empty(rows, dtype=torch.float32, device=logits.device),
+    )
+
+
+def _logit_gradient_rows(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float) -> None:
+    return None
+
+
+def register() -> None:
+    """Attach the fake implementations to the ops of the loaded library."""
+    torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
+    torch.library.register_fake("metareward::paged_attention_decode_cpp", _paged_attention_decode)
+    torch.library.register_fake("metareward::sample_tokens_cpp", _sample_tokens)
+    torch.library.register_fake("metareward::logprob_rows_cpp", _logprob_rows)
+    torch.library.register_fake("metareward::logit_gradient_rows_cpp_", _logit_gradient_rows)

@@ -1,0 +1,93 @@
+"""Every op in plain PyTorch, written to be read: the oracle of the tests.
+
+Nothing here is chunked, batched or fast. Everything runs in the precision of its inputs, fp64 included.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature) at the targets. [T,H], [V,H], [T] -> [T]. Holds [T,V]."""
+    logits = hidden @ weight.T / temperature
+    return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def paged_attention_decode(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Attention of one query per sequence over its first `lengths` tokens, sequence by sequence, head by head."""
+    page = key_pages.shape[1]
+    group = query.shape[1] // key_pages.shape[2]
+    out = torch.zeros_like(query)
+    for s, length in enumerate(lengths.tolist()):
+        if length == 0:
+            continue
+        pages = page_table[s, : math.ceil(length / page)].long()
+        keys = key_pages[pages].flatten(0, 1)[:length]  # [length, Hk, D]
+        values = value_pages[pages].flatten(0, 1)[:length]
+        for head in range(query.shape[1]):
+            scores = keys[:, head // group] @ query[s, head] * scale
+            out[s, head] = scores.softmax(dim=0) @ values[:, head // group]
+    return out
+
+
+def kept_tokens(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Token ids (ascending) of one valid row [V] that may be drawn: top-k first, then top-p of what is left."""
+    row = logits.double()
+    if temperature == 0.0:
+        return row.argmax(dim=0, keepdim=True)
+    order = row.sort(descending=True, stable=True).indices  # stable: of equal logits the lower token id first
+    if 0 < top_k < row.numel():
+        order = order[:top_k]
+    if top_p < 1.0:
+        mass = ((row[order] - row.max()) / temperature).exp().cumsum(dim=0)
+        order = order[: int((mass < top_p * mass[-1]).sum()) + 1]
+    return order.sort().values
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF draw in vocabulary order over the kept tokens, in fp64. [S,V], [S] -> [S] int64, [S] float32.
+
+    A row that holds NaN or +inf, or no finite logit, has no distribution: token -1, log-prob NaN.
+    """
+    tokens = torch.full((logits.shape[0],), -1, dtype=torch.int64)
+    logprobs = torch.full((logits.shape[0],), math.nan, dtype=torch.float32)
+    for s in range(logits.shape[0]):
+        row = logits[s].double()
+        if row.numel() == 0 or not math.isfinite(row.max()):  # max() is NaN when any element is
+            continue
+        kept = kept_tokens(row, temperature=temperature, top_k=top_k, top_p=top_p)
+        if kept.numel() > 1:
+            cumulative = ((row[kept] - row.max()) / temperature).exp().cumsum(dim=0)
+            drawn = int((cumulative <= uniforms[s] * cumulative[-1]).sum())
+            kept = kept[drawn:]
+        tokens[s] = kept[0]
+        logprobs[s] = row.log_softmax(dim=0)[kept[0]]
+    return tokens, logprobs
+
+
+def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32 with ten rounds (Salmon et al., SC 2011), in Python integers."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK32, (p0 >> 32) ^ c3 ^ k1, p0 & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+def keyed_uniform(key: int, position: int) -> float:
+    """The uniform number in (0,1) of one (key, position): 53 bits; zero is replaced by half a step."""
+    low_high = (key & MASK32, (key >> 32) & MASK32)
+    words = philox4x32_10((position & MASK32, (position >> 32) & MASK32, 0, 0), low_high)
+    return max((words[0] << 21) | (words[1] >> 11), 0.5) * 2.0**-53

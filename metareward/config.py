@@ -1,0 +1,259 @@
+"""Every setting of a run, with its unit, its default and where the default comes from.
+
+A recipe is a TOML file with these sections. "(paper)" marks a value published in arXiv 2407.19594, "(ours)" one that the
+paper leaves open or an option beyond it. Defaults are the paper's wherever it names a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+Count = Annotated[int, Field(ge=1)]
+CountOrOff = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Dtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model that the run starts from."""
+
+    __pydantic_config__ = STRICT
+    name: str = ""
+    """A directory in Hugging Face form, or a hub id such as meta-llama/Meta-Llama-3-8B-Instruct."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Handed to the tokenizer's chat template, for instance enable_thinking = false for Qwen3."""
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """The pool of prompts."""
+
+    __pydantic_config__ = STRICT
+    file: str = "starter:prompts"
+    """JSONL with {prompt} and, if it has them, {prompt_id}; a quality file serves too (each prompt once).
+    "starter:prompts" is the small set in the package."""
+    per_iteration: Count = 5000
+    """Prompts drawn in each iteration; no prompt comes twice before all have been used. (paper: 5,000 of 20,000)"""
+
+
+@dataclass(frozen=True)
+class SeedSettings:
+    """The seed stage: evaluation fine-tuning (EFT) on judgments built from people's quality labels."""
+
+    __pydantic_config__ = STRICT
+    enabled: bool = True
+    """Off when the model already judges in the expected form. (paper: on)"""
+    file: str = "starter:quality"
+    """JSONL of {prompt, response, quality in [0, 1]}; a field "rationale" is used as it is where there is one."""
+    max_class_share: Fraction = 0.25
+    """No score class makes up more than this share of the examples; the surplus is left out. (paper thins out the most
+    frequent score; the share is ours)"""
+    meta_judge_examples: CountOrOff = 0
+    """Comparisons of two judgments built from the same labels, for models too small to compare without an
+    example. 0: none. (ours; the paper's EFT has judgments only)"""
+    epochs: Count = 1
+    """(ours: not published)"""
+    batch_examples: Count = 16
+    """Examples an optimizer step, over all ranks. (ours: not published)"""
+    learning_rate: Positive = 1e-5
+    """Peak, after warm-up. (ours: not published)"""
+
+
+@dataclass(frozen=True)
+class RespondSettings:
+    """Stage 1: the actor answers."""
+
+    __pydantic_config__ = STRICT
+    samples: Count = 7
+    """K, responses a prompt. (paper)"""
+    temperature: NonNegative = 0.8
+    """(paper)"""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """(paper)"""
+    top_k: CountOrOff = 0
+    """0: off. (ours)"""
+    max_new_tokens: Count = 1024
+    """A response that reaches it is unfinished and enters no pair. (ours: not published)"""
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Stage 2: the judge scores every response from 0 to 5."""
+
+    __pydantic_config__ = STRICT
+    samples: Count = 11
+    """N, judgments a response. (paper)"""
+    temperature: NonNegative = 0.8
+    """(paper)"""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """(paper)"""
+    top_k: CountOrOff = 0
+    """0: off. (ours)"""
+    max_new_tokens: Count = 512
+    """(ours: not published)"""
+    template: str = ""
+    """File with another judge prompt; it needs {instruction} and {response}. Empty: the packaged one."""
+
+
+@dataclass(frozen=True)
+class MetaJudgeSettings:
+    """Stage 4: the meta-judge compares judgments of one response a prompt, in both orders."""
+
+    __pydantic_config__ = STRICT
+    temperature: NonNegative = 0.8
+    """(ours: not published)"""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    """(ours: not published)"""
+    top_k: CountOrOff = 0
+    """0: off. (ours)"""
+    max_new_tokens: Count = 512
+    """(ours: not published)"""
+    template: str = ""
+    """File with another meta-judge prompt; it needs {instruction}, {response}, {judgment_a} and {judgment_b}."""
+    hide_scores: bool = False
+    """Take the verdict line out of both judgments before they are compared. (ours; off is the paper's)"""
+    consistent_only: bool = False
+    """Count a verdict only where both orders agree. (ours; off is the paper's)"""
+    skip_equal_scores: bool = False
+    """Do not compare judgments that give the same score. (ours; off is the paper's)"""
+    elo_ridge: Positive = 0.01
+    """Keeps Elo finite when a judgment never loses. (ours)"""
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Limits on what enters the preference set."""
+
+    __pydantic_config__ = STRICT
+    max_score_class_share: Fraction = 1.0
+    """Largest share of judge pairs whose chosen judgment gives the same score; 1: off. (ours; 0.4 is the remedy
+    for a judge that drifts towards 5)"""
+    max_judge_share: Fraction = 1.0
+    """Largest share of judge pairs in the preference set; 1: off. (ours)"""
+    max_tokens: Count = 4096
+    """A pair whose prompt + longer completion has more tokens is dropped and counted, never cut. (ours)"""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Stage 5: DPO; the seed stage uses the same step."""
+
+    __pydantic_config__ = STRICT
+    loss: Literal["dpo", "ipo", "hinge"] = "dpo"
+    """(paper: dpo)"""
+    beta: Positive = 0.1
+    """Strength of the pull towards the reference policy. (paper)"""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Assumed share of swapped labels, for loss = "dpo" only. (ours; 0 is the paper's)"""
+    epochs: Count = 10
+    """(paper)"""
+    batch_pairs: Count = 32
+    """Pairs an optimizer step, over all ranks. (paper)"""
+    learning_rate: Positive = 5e-6
+    """Peak, after warm-up. (paper; high for full fine-tuning, 1e-6 and 1 epoch is a careful start)"""
+    min_learning_rate_share: Fraction = 0.0
+    """The cosine ends at this share of the peak. (ours)"""
+    warmup_share: Fraction = 0.1
+    """Share of the steps with a linearly rising learning rate. (ours: not published)"""
+    weight_decay: NonNegative = 0.0
+    """(ours: not published)"""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """(ours: not published)"""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """(ours: not published)"""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm. (ours: not published)"""
+    micro_batch_tokens: Count = 8192
+    """Tokens a rank computes at once; larger batches accumulate. Changes memory and speed, not the result. (ours)"""
+    compute_dtype: Dtype = "bfloat16"
+    """Of the forward and backward passes; master weights and optimizer state are float32. (ours)"""
+    activation_checkpointing: bool = True
+    """Compute activations twice instead of keeping them. (ours)"""
+    checkpoint_steps: Count = 100
+    """Optimizer steps between two checkpoints. (ours)"""
+    keep_checkpoints: Count = 2
+    """The newest ones kept while a stage trains. (ours)"""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How fast the sampler runs. None of these changes what is sampled, beyond floating-point noise."""
+
+    __pydantic_config__ = STRICT
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of weights and KV cache. auto: bfloat16 on a GPU and on CPUs with bf16 arithmetic, else float32."""
+    max_running: Count = 256
+    """Sequences decoded together, a rank."""
+    page_size: Annotated[int, Field(ge=1, le=256)] = 16
+    """Tokens a page of the KV cache."""
+    max_prefill_tokens: Count = 8192
+    """Prompt tokens computed in one prefill step."""
+
+
+@dataclass(frozen=True)
+class LoggingSettings:
+    """metrics.jsonl is always written; these come on top."""
+
+    __pydantic_config__ = STRICT
+    tensorboard: bool = False
+    """Write TensorBoard event files to RUN/tensorboard."""
+    wandb_project: str = ""
+    """Send the same figures to this Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What changes from one iteration to the next."""
+
+    __pydantic_config__ = STRICT
+    rho: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Width of the score interval in which length decides; 0: best against worst. (paper: 0, 0.32, 0.32, 0.4)"""
+    meta_judge: bool = True
+    """Compare judgments and train on judge pairs too. (paper: iterations 1 and 2)"""
+    max_chosen_characters: CountOrOff = 0
+    """Drop actor pairs whose chosen response is longer; 0: off. (paper: 2,500 in iteration 1)"""
+    max_chosen_judgment_characters: CountOrOff = 0
+    """Drop judge pairs whose chosen judgment is longer; 0: off. (paper: 1,100 and 1,000; the unit is ours)"""
+
+
+PAPER_ITERATIONS = (
+    Iteration(rho=0.0, max_chosen_characters=2500, max_chosen_judgment_characters=1100),
+    Iteration(rho=0.32, max_chosen_judgment_characters=1000),
+    Iteration(rho=0.32, meta_judge=False),
+    Iteration(rho=0.4, meta_judge=False),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole Meta-Rewarding run (arXiv 2407.19594): seed stage, then respond, judge, compare, train, iterated."""
+
+    __pydantic_config__ = STRICT
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    seed: SeedSettings = field(default_factory=SeedSettings)
+    respond: RespondSettings = field(default_factory=RespondSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    meta_judge: MetaJudgeSettings = field(default_factory=MetaJudgeSettings)
+    pairs: PairSettings = field(default_factory=PairSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    sampler: SamplerSettings = field(default_factory=SamplerSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    iteration: tuple[Iteration, ...] = PAPER_ITERATIONS
+    """One entry an iteration. (paper: four)"""
+    random_seed: int = 0
+    """Every random choice of the run is a pure function of it and of what the choice is about."""
+    save_dtype: Dtype = "bfloat16"
+    """Of the models that the run writes."""
+
+
+# Sections that say how fast or how loudly a run goes, never what it computes: they may differ when a run is continued.
+EXECUTION_SECTIONS = ("sampler", "logging")

@@ -1,0 +1,88 @@
+"""The order of the stages and the iterations: the paper's algorithm, top to bottom (section 2).
+
+Every stage looks for its own output and returns at once when it is there, so going on after a kill is the same as starting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from metareward.config import Recipe
+from metareward.errors import UserError
+from metareward.recipe_files import check
+from metareward.run import ranks
+from metareward.run.directory import RunDirectory
+from metareward.run.metrics import Metrics
+from metareward.stages.actor_pairs import select_actor_pairs
+from metareward.stages.compare import compare
+from metareward.stages.context import Context
+from metareward.stages.judge import judge
+from metareward.stages.judge_pairs import select_judge_pairs
+from metareward.stages.preflight import preflight
+from metareward.stages.respond import respond
+from metareward.stages.seed import seed
+from metareward.stages.train import train_policy
+
+STAGES: dict[str, Callable[[Context, int], None]] = {
+    "respond": respond,
+    "judge": judge,
+    "actor_pairs": select_actor_pairs,
+    "compare": compare,
+    "judge_pairs": select_judge_pairs,
+    "train": train_policy,
+}
+
+
+def run(recipe: Recipe, root: Path) -> bool:
+    """The whole run, from wherever it stands to its end. A collective.
+
+    Returns False where there was nothing left to do.
+    """
+    context = open_context(recipe, root)
+    last = context.run.iteration(len(context.recipe.iteration))
+    if ranks.on_first(last.model.is_dir):
+        context.metrics.close()
+        return False
+    preflight(context)
+    seed(context)
+    for number, settings in enumerate(context.recipe.iteration, 1):
+        iterate(context, number, settings.meta_judge)
+    context.metrics.event("finished", "run", len(context.recipe.iteration))
+    context.metrics.close()
+    return True
+
+
+def iterate(context: Context, number: int, meta_judge: bool) -> None:
+    """One iteration: M_t answers, judges and compares, and is trained on what it preferred to become M_{t+1}."""
+    if ranks.on_first(context.run.iteration(number).model.is_dir):
+        return
+    respond(context, number)
+    judge(context, number)
+    select_actor_pairs(context, number)
+    if meta_judge:
+        compare(context, number)
+        select_judge_pairs(context, number)
+    train_policy(context, number)
+
+
+def run_stage(recipe: Recipe, root: Path, name: str, iteration: int) -> None:
+    """One stage alone, in a run directory that is there. A collective."""
+    context = open_context(recipe, root)
+    if name == "seed":
+        seed(context)
+    elif not 1 <= iteration <= len(context.recipe.iteration):
+        raise UserError(
+            f"the recipe has iterations 1 to {len(context.recipe.iteration)}, not {iteration}: set --iteration"
+        )
+    else:
+        STAGES[name](context, iteration)
+    context.metrics.close()
+
+
+def open_context(recipe: Recipe, root: Path) -> Context:
+    """Check the recipe, open its run directory and the metrics. A collective."""
+    recipe = ranks.on_first(lambda: check(recipe))
+    directory = RunDirectory(root.absolute())
+    ranks.on_first(lambda: directory.open(recipe))
+    return Context(directory, recipe, Metrics(directory.root, recipe.logging, ranks.is_first()))

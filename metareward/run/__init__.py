@@ -1,0 +1,1 @@
+"""What every stage stands on: the run directory, resumable files, user input, ranks, progress, metrics."""

@@ -1,0 +1,82 @@
+"""Stage 1: the actor writes K responses to every prompt of the iteration (section 2.1)."""
+
+from __future__ import annotations
+
+from metareward.errors import UserError
+from metareward.roles.actor import actor_messages
+from metareward.run import ranks
+from metareward.run.inputs import draw_prompts, read_prompts
+from metareward.run.jsonl import Line, read_jsonl, write_jsonl
+from metareward.sampler.request import Completion, SamplingParams
+from metareward.stages.context import Context
+from metareward.stages.sampling import Job, sample_stage
+
+
+def choose_prompts(context: Context, iteration: int) -> None:
+    """prompts.jsonl: what this iteration answers, fixed here so that later edits of the pool cannot mix two sets."""
+    final = context.files(iteration).prompts
+
+    def write() -> None:
+        if final.is_file():
+            return
+        recipe = context.recipe
+        pool = read_prompts(recipe.prompts.file)
+        drawn = draw_prompts(pool, recipe.prompts.per_iteration, iteration, recipe.random_seed)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(final, ({"prompt_id": item.prompt_id, "prompt": item.prompt} for item in drawn))
+
+    ranks.on_first(write)
+
+
+def respond(context: Context, iteration: int) -> None:
+    """prompts.jsonl -> responses.jsonl.
+
+    A response equal to an earlier one of its prompt keeps its line, with `duplicate_of`, and is not judged.
+
+    Raises:
+        UserError: a prompt does not fit the model's context, before anything is sampled.
+    """
+    files, settings = context.files(iteration), context.recipe.respond
+    if files.responses.is_file():
+        return
+    choose_prompts(context, iteration)
+    policy = context.policy(iteration)
+    chat, limit = context.chat(policy), context.max_context(policy) - settings.max_new_tokens
+    jobs: list[Job] = []
+    for line in read_jsonl(files.prompts):
+        prompt = tuple(chat.render(actor_messages(line["prompt"])))
+        if len(prompt) > limit:
+            raise UserError(
+                f'the prompt "{line["prompt_id"]}" has {len(prompt)} tokens and at most {limit} fit beside '
+                f"respond.max_new_tokens = {settings.max_new_tokens}: shorten or remove it in {context.recipe.prompts.file}, "
+                f"or lower respond.max_new_tokens, then start a new run"
+            )
+        jobs += [
+            Job({"prompt_id": line["prompt_id"], "response_id": index}, prompt)
+            for index in range(settings.samples)
+        ]
+    sample_stage(
+        context,
+        stage="respond",
+        iteration=iteration,
+        policy=policy,
+        jobs=jobs,
+        params=SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens),
+        final=files.responses,
+        body=response_line,
+        finish=mark_duplicates,
+    )
+
+
+def response_line(job: Job, text: str, completion: Completion) -> Line:
+    return {"text": text, "token_ids": completion.token_ids, "finished": completion.finished}
+
+
+def mark_duplicates(lines: list[Line]) -> list[Line]:
+    """Adds `duplicate_of`: the first response of the same prompt with the same text, or None."""
+    first: dict[tuple[str, str], int] = {}
+    marked = []
+    for line in lines:
+        original = first.setdefault((line["prompt_id"], line["text"]), line["response_id"])
+        marked.append({**line, "duplicate_of": None if original == line["response_id"] else original})
+    return marked

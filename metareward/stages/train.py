@@ -1,0 +1,166 @@
+"""Stage 5: DPO on the iteration's pairs, from M_t with M_t as the reference, to M_{t+1} (section 2.3)."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from metareward.config import TrainSettings
+from metareward.errors import UserError
+from metareward.model.config import ModelConfig
+from metareward.model.decoder import Decoder
+from metareward.model.hf_files import read_config, weights_digest
+from metareward.model.model_writer import save_model
+from metareward.run import ranks
+from metareward.run.jsonl import read_jsonl, write_jsonl
+from metareward.run.progress import progress_bar
+from metareward.stages.context import Context
+from metareward.stages.preference_set import preference_examples
+from metareward.training.examples import DataOrder, Example, check_batch
+from metareward.training.objectives import Objective, pair_objective
+from metareward.training.sharded import load_sharded, whole_tensors
+from metareward.training.trainer import TrainingSet, logprobs_of, train
+
+Reference = dict[str, tuple[float, float]]
+
+
+def train_policy(context: Context, iteration: int) -> None:
+    """actor_pairs.jsonl, judge_pairs.jsonl -> reference_logprobs.jsonl, model/. A collective."""
+    files, settings = context.files(iteration), context.recipe.train
+    if files.model.is_dir():
+        return
+    context.release()
+    check_batch(settings.batch_pairs, ranks.world_size(), "train.batch_pairs")
+    policy = context.policy(iteration)
+    examples = preference_examples(context, iteration, context.chat(policy), context.max_context(policy))
+    data = training_set(context, iteration, examples, settings)
+    decoder = load_sharded(policy, settings, ranks.device(), ranks.world_size())
+    digest = ranks.on_first(lambda: weights_digest(policy))
+    if not files.reference.is_file():
+        write_reference(context, iteration, decoder, data, digest)
+    reference = read_reference(files.reference, examples, digest)
+    run_training(
+        context, iteration, "train", policy, decoder, data, pair_objective(settings, reference), settings
+    )
+
+
+def training_set(
+    context: Context, iteration: int, examples: list[Example], settings: TrainSettings
+) -> TrainingSet:
+    order = DataOrder(
+        len(examples), settings.batch_pairs, settings.epochs, context.recipe.random_seed, iteration
+    )
+    return TrainingSet(examples, order, settings.micro_batch_tokens)
+
+
+def write_reference(
+    context: Context, iteration: int, decoder: Decoder, data: TrainingSet, digest: str
+) -> None:
+    """Log-probs of every pair under M_t, once an iteration, under the digest of the weights that gave them."""
+    began = time.perf_counter()
+    label = f"iteration {iteration}: reference"
+    with progress_bar(label, len(data.examples), "pairs", shown=ranks.is_first()) as bar:
+        found = logprobs_of(decoder, data, ranks.device(), bar.update)
+    lines = [
+        {
+            "identity": name,
+            "chosen_logprob": found[name][0],
+            "rejected_logprob": found[name][1],
+            "weights": digest,
+        }
+        for name in (example.identity for example in data.examples)
+    ]
+    ranks.on_first(lambda: write_jsonl(context.files(iteration).reference, lines))
+    context.metrics.event(
+        "stage",
+        "reference",
+        iteration,
+        seconds=time.perf_counter() - began,
+        requests=len(lines),
+        tokens=sum(example.tokens for example in data.examples),
+    )
+
+
+def read_reference(path: Path, examples: list[Example], digest: str) -> Reference:
+    """identity -> (chosen, rejected) log-probs.
+
+    Raises:
+        UserError: a row is missing or comes from other weights; computing it anew in the midst of a run would hide that.
+    """
+    lines = {line["identity"]: line for line in read_jsonl(path)}
+    for example in examples:
+        line = lines.get(example.identity)
+        if line is None or line["weights"] != digest:
+            problem = "has no row" if line is None else "comes from other weights"
+            raise UserError(
+                f"{path} {problem} for the pair {example.identity}: the pairs or the model changed after it was "
+                f"written; delete it and this iteration's training folder, then run again"
+            )
+    return {name: (line["chosen_logprob"], line["rejected_logprob"]) for name, line in lines.items()}
+
+
+def run_training(
+    context: Context,
+    iteration: int,
+    stage: str,
+    policy: Path,
+    decoder: Decoder,
+    data: TrainingSet,
+    objective: Objective,
+    settings: TrainSettings,
+) -> None:
+    """Train, write the model, drop the checkpoints. Used by this stage and by the seed stage."""
+    began = time.perf_counter()
+    files = context.files(iteration)
+    ranks.on_first(lambda: files.training.mkdir(parents=True, exist_ok=True))
+    label = "seed: train" if iteration == 0 else f"iteration {iteration}: train"
+    tokens = 0.0
+    with progress_bar(label, data.order.steps, "steps", shown=ranks.is_first()) as bar:
+
+        def on_step(step: int, steps: int, figures: Mapping[str, float]) -> None:
+            nonlocal tokens
+            tokens += figures["tokens"]
+            context.metrics.event("step", stage, iteration, step=step, steps=steps, **figures)
+            bar.set_postfix_str(f"loss {figures['loss']:.4f}, {figures['tokens_per_s']:.0f} tok/s", refresh=False)
+            bar.update(step - bar.n)
+
+        train(decoder, data, objective, settings, files.training, ranks.device(), on_step)
+    write_model(decoder, policy, files.model, context.recipe.save_dtype)
+    seconds = time.perf_counter() - began
+    context.metrics.event(
+        "stage",
+        stage,
+        iteration,
+        seconds=seconds,
+        requests=len(data.examples),
+        tokens=int(tokens),
+        tokens_per_s=tokens / seconds,
+        ranks=ranks.world_size(),
+    )
+    # The finished model takes their place: they only serve to continue this stage.
+    ranks.on_first(lambda: drop_checkpoints(files.training))
+
+
+def drop_checkpoints(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+
+
+def write_model(decoder: Decoder, policy: Path, final: Path, dtype: str) -> None:
+    """Gather tensor by tensor and write on rank 0, with the tokenizer of `policy`. A collective."""
+
+    tensors = whole_tensors(decoder)
+    if ranks.is_first():
+        for leftover in final.parent.glob(f".{final.name}.partial-*"):
+            shutil.rmtree(leftover)
+        config: ModelConfig = read_config(policy)
+        save_model(final, tensors, config, tokenizer_from=policy, dtype=getattr(torch, dtype))
+    for _ in tensors:
+        # The other ranks take part in every gather.
+        pass
+    ranks.barrier()

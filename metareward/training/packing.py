@@ -1,0 +1,188 @@
+"""Examples packed into one row of tokens, with no padding and shared prompt tokens computed once.
+
+A micro-batch is a tree of segments: what all its prompts begin with (a rubric, a system message), below it the rest of
+every prompt, below that the completions. A segment attends to its ancestors and, causally, to itself; its positions go on
+where its parent's end.
+The numbers and the gradients are those of separate sequences (after arXiv 2410.20305, which shares the prompt of a pair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metareward.model.decoder import Attend
+from metareward.training.examples import Example
+
+# Below this a shared beginning saves less than its own segment costs.
+SMALLEST_SHARED = 16
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens [start, stop) of the packed row; `ancestors` are the segments they continue, from the root down."""
+
+    start: int
+    stop: int
+    ancestors: tuple[Segment, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """Tokens before the segment's first, in its own sequence."""
+        return sum(ancestor.stop - ancestor.start for ancestor in self.ancestors)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch.
+
+    token_ids, positions: [T] int64. rows: [R] int64, the positions whose next token is a completion token; targets: [R] int64,
+    those tokens. lengths: target tokens of every completion, in order; they sum to R. unshared_tokens: what separate sequences
+    would have computed.
+    """
+
+    examples: tuple[Example, ...]
+    token_ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    unshared_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return self.token_ids.numel()
+
+    def sum_completions(self, logprobs: Tensor) -> Tensor:
+        """[R] per-token log-probs to [completions] float64 sums, in a fixed order of addition."""
+        return torch.stack([part.sum() for part in logprobs.double().split(list(self.lengths))])
+
+
+@dataclass
+class Row:
+    """The packed row while it is being built."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], parent: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """Append a segment below `parent`; returns the chain that its children continue."""
+        if not tokens:
+            return parent
+        segment = Segment(len(self.ids), len(self.ids) + len(tokens), parent)
+        first = segment.context
+        self.ids.extend(tokens)
+        self.positions.extend(range(first, first + len(tokens)))
+        self.segments.append(segment)
+        return (*parent, segment)
+
+
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with."""
+    # Sorted, the first and the last differ at least as early as any two others.
+    low, high = min(prompts), max(prompts)
+    return next(
+        (index for index, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1]), len(low)
+    )
+
+
+def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
+    """Pack examples in the given order; every prompt and completion must have at least one token."""
+    shared = common_prefix([example.prompt for example in examples]) if len(examples) > 1 else 0
+    if shared < SMALLEST_SHARED:
+        shared = 0
+    row = Row()
+    root = row.add(examples[0].prompt[:shared], ())
+    rows: list[int] = []
+    targets: list[int] = []
+    lengths: list[int] = []
+    for example in examples:
+        assert len(example.prompt) > 0, example.identity
+        assert all(example.completions), example.identity
+        rest = example.prompt[shared:]
+        if len(example.completions) == 1:
+            # One completion simply continues the prompt: one segment instead of two.
+            completion = example.completions[0]
+            first = len(row.ids) + len(rest)
+            last = first - 1 if rest else root[-1].stop - 1
+            row.add((*rest, *completion), root)
+            starts = [(first, last, completion)]
+        else:
+            chain = row.add(rest, root)
+            last = chain[-1].stop - 1
+            starts = []
+            for completion in example.completions:
+                starts.append((len(row.ids), last, completion))
+                row.add(completion, chain)
+        for first, last, completion in starts:
+            # The first completion token is predicted at the prompt's last position, the others by the token before them.
+            rows.append(last)
+            rows.extend(range(first, first + len(completion) - 1))
+            targets.extend(completion)
+            lengths.append(len(completion))
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    unshared = sum(len(example.prompt) + len(part) for example in examples for part in example.completions)
+    return PackedBatch(
+        tuple(examples),
+        tensor(row.ids),
+        tensor(row.positions),
+        tensor(rows),
+        tensor(targets),
+        tuple(lengths),
+        tuple(row.segments),
+        unshared,
+    )
+
+
+def tree_attention(segments: Sequence[Segment]) -> Attend:
+    """Causal attention of every segment on its ancestors and itself.
+
+    Never builds [T, T]: the largest mask is [segment, ancestors + segment].
+    """
+    masks: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def mask(context: int, length: int, device: torch.device) -> Tensor:
+        key = (context, length, device)
+        if key not in masks:
+            square = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            masks[key] = F.pad(square, (context, 0), value=True)
+        return masks[key]
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # [T, heads, D] -> [1, heads, T, D], the layout of scaled_dot_product_attention.
+        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            # The CPU's flash kernel wants as many key heads as query heads.
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        parts: list[Tensor] = []
+        for segment in segments:
+            own = slice(segment.start, segment.stop)
+            if not segment.ancestors:
+                parts.append(
+                    F.scaled_dot_product_attention(
+                        query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True
+                    )
+                )
+                continue
+            spans = [slice(part.start, part.stop) for part in (*segment.ancestors, segment)]
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, own],
+                    torch.cat([key[:, :, span] for span in spans], 2),
+                    torch.cat([value[:, :, span] for span in spans], 2),
+                    attn_mask=mask(segment.context, segment.stop - segment.start, query.device),
+                )
+            )
+        return torch.cat(parts, 2).squeeze(0).transpose(0, 1)
+
+    return attend

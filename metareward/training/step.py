@@ -1,0 +1,106 @@
+"""One optimizer step over a global batch: micro-batches forward and backward, one check, one update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from metareward.errors import UserError
+from metareward.model.decoder import Decoder
+from metareward.training.examples import Example
+from metareward.training.objectives import Objective, Sums
+from metareward.training.packing import PackedBatch, pack, tree_attention
+
+
+class TrainingDiverged(UserError):
+    """The loss or the gradient is not finite; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of one optimizer step, the same on every rank."""
+
+    figures: dict[str, float]
+    grad_norm: float
+    tokens: int
+    unshared_tokens: int
+
+
+def completion_logprobs(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
+    """[completions] float64: the log-prob of every completion of the micro-batch, given its prompt."""
+    attend = tree_attention(batch.segments)
+    logprobs = decoder(batch.token_ids, batch.positions, attend, rows=batch.rows, targets=batch.targets)
+    return batch.sum_completions(logprobs)
+
+
+def train_step(
+    decoder: Decoder,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    micro: Sequence[Sequence[Example]],
+    weight: float,
+    filler: Example,
+    max_grad_norm: float,
+    device: torch.device,
+) -> StepResult:
+    """Accumulate the gradient of this rank's micro-batches, check it, clip it, update.
+
+    Args:
+        micro: this rank's micro-batches; an empty one is computed on `filler` with weight 0, because every rank must take part
+            in every collective.
+        weight: the objective's weight of the whole global batch, over all ranks.
+
+    Raises:
+        TrainingDiverged: before the update, with the identities of the batch.
+    """
+    world_size = dist.get_world_size()
+    optimizer.zero_grad(set_to_none=True)
+    totals: Sums = {}
+    totals["tokens"] = totals["unshared_tokens"] = 0.0
+    for examples in micro:
+        batch = pack(examples or [filler], device)
+        loss, figures = objective.loss(batch, completion_logprobs(decoder, batch))
+        # FSDP averages gradients over ranks; the product undoes that, and the quotient makes the mean over the global batch.
+        scale = world_size / weight if examples else 0.0
+        (loss * scale).backward()
+        if examples:
+            totals["tokens"] += batch.tokens
+            totals["unshared_tokens"] += batch.unshared_tokens
+            for name, value in figures.items():
+                totals[name] = totals.get(name, 0.0) + value
+    norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), max_grad_norm)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    totals = add_over_ranks(totals)
+    figures = objective.report(totals, weight)
+    if not (torch.isfinite(torch.tensor([figures["loss"], grad_norm]))).all():
+        identities = gather_identities(micro)
+        raise TrainingDiverged(
+            f"the loss is {figures['loss']} and the gradient norm {grad_norm} on the batch {', '.join(identities)}: "
+            f"nothing was updated and the last checkpoint is good; lower the learning rate or look at these examples"
+        )
+    optimizer.step()
+    return StepResult(figures, grad_norm, int(totals["tokens"]), int(totals["unshared_tokens"]))
+
+
+def add_over_ranks(totals: Sums) -> Sums:
+    """Sums over all ranks, added in rank order."""
+    if dist.get_world_size() == 1:
+        return totals
+    everyone: list[Sums] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, totals)
+    added: Sums = {}
+    for sums in everyone:
+        for name, value in sums.items():
+            added[name] = added.get(name, 0.0) + value
+    return added
+
+
+def gather_identities(micro: Sequence[Sequence[Example]]) -> list[str]:
+    mine = [example.identity for examples in micro for example in examples]
+    everyone: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return sorted(identity for identities in everyone for identity in identities)

@@ -1,0 +1,117 @@
+"""Training from a model directory and examples to a new model directory, resumable at every checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from metareward.config import TrainSettings
+from metareward.model.decoder import Decoder
+from metareward.training.checkpoint import load_checkpoint, save_checkpoint
+from metareward.training.examples import DataOrder, Example, micro_batches
+from metareward.training.objectives import Objective
+from metareward.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from metareward.training.packing import pack
+from metareward.training.sharded import reshard
+from metareward.training.step import completion_logprobs, train_step
+
+OnStep = Callable[[int, int, Mapping[str, float]], None]
+"""(step from 1, steps in all, figures)"""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Examples in their order. `filler` is what a rank with nothing to do computes, with weight 0."""
+
+    examples: Sequence[Example]
+    order: DataOrder
+    micro_batch_tokens: int
+
+    def micro(self, step: int) -> list[list[Example]]:
+        """This rank's micro-batches of optimizer step `step`."""
+        tokens = [example.tokens for example in self.examples]
+        indices = self.order.indices(step)
+        kinds = [example.kind for example in self.examples]
+        plan = micro_batches(indices, kinds, tokens, self.micro_batch_tokens, dist.get_world_size())[
+            dist.get_rank()
+        ]
+        return [[self.examples[index] for index in batch] for batch in plan]
+
+    @property
+    def filler(self) -> Example:
+        return min(self.examples, key=lambda example: (example.tokens, example.identity))
+
+
+@torch.no_grad()
+def logprobs_of(
+    decoder: Decoder, data: TrainingSet, device: torch.device, on_examples: Callable[[int], None]
+) -> dict[str, tuple[float, ...]]:
+    """Log-probs of every example's completions under the decoder as it is: identity -> one float a completion.
+
+    Goes through the first epoch's own micro-batches, so that with equal weights the first epoch computes the very same numbers and
+    the first DPO loss is ln 2. A collective; the result is the same on every rank.
+    """
+    mine: dict[str, tuple[float, ...]] = {}
+    for step in range(data.order.steps_per_epoch):
+        for examples in data.micro(step):
+            batch = pack(examples or [data.filler], device)
+            sums = completion_logprobs(decoder, batch).tolist()
+            place = 0
+            for example in examples:
+                mine[example.identity] = tuple(sums[place : place + len(example.completions)])
+                place += len(example.completions)
+        on_examples(len(data.order.indices(step)))
+    reshard(decoder)
+    everyone: list[dict[str, tuple[float, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return {identity: values for part in everyone for identity, values in part.items()}
+
+
+def train(
+    decoder: Decoder,
+    data: TrainingSet,
+    objective: Objective,
+    settings: TrainSettings,
+    checkpoints: Path,
+    device: torch.device,
+    on_step: OnStep,
+) -> None:
+    """Train `decoder` in place, from the newest checkpoint in `checkpoints` to the last step. A collective."""
+    optimizer = build_optimizer(decoder, settings)
+    steps = data.order.steps
+    start = load_checkpoint(checkpoints, decoder, optimizer)
+    for step in range(start, steps):
+        began = time.perf_counter()
+        rate = learning_rate(step, steps, settings)
+        set_learning_rate(optimizer, rate)
+        weight = sum(objective.weight(data.examples[index]) for index in data.order.indices(step))
+        result = train_step(
+            decoder,
+            optimizer,
+            objective,
+            data.micro(step),
+            weight,
+            data.filler,
+            settings.max_grad_norm,
+            device,
+        )
+        done = step + 1
+        seconds = time.perf_counter() - began
+        figures = {
+            **result.figures,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "tokens": float(result.tokens),
+            "unshared_tokens": float(result.unshared_tokens),
+            "seconds": seconds,
+            "tokens_per_s": result.tokens / seconds,
+        }
+        # The last step needs no checkpoint: the finished model follows at once.
+        if done % settings.checkpoint_steps == 0 and done < steps:
+            save_checkpoint(checkpoints, done, decoder, optimizer, settings.keep_checkpoints)
+        on_step(done, steps, figures)
