@@ -62,6 +62,7 @@ def extension_arguments() -> dict[str, Any]:
         "metareward_kernels._C",
         SOURCE_LIST.read_text().split(),
         extra_compile_args=COMPILE_ARGUMENTS,
+        depends=[str(header) for header in SOURCE_LIST.parent.rglob("*.h")],
         py_limited_api=True,  # the library does not touch Python: no libtorch_python, any CPython
     )
     return {

@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
 CountOrOff = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Dtype = Literal["bfloat16", "float32"]
@@ -53,7 +54,7 @@ class SeedSettings:
     """Off when the model already judges in the expected form. (paper: on)"""
     file: str = "starter:quality"
     """JSONL of {prompt, response, quality in [0, 1]}; a field "rationale" is used as it is where there is one."""
-    max_class_share: Fraction = 0.25
+    max_class_share: Share = 0.25
     """No score class makes up more than this share of the examples; the surplus is left out. (paper thins out the most
     frequent score; the share is ours)"""
     meta_judge_examples: CountOrOff = 0
@@ -76,7 +77,7 @@ class RespondSettings:
     """K, responses a prompt. (paper)"""
     temperature: NonNegative = 0.8
     """(paper)"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    top_p: Share = 0.95
     """(paper)"""
     top_k: CountOrOff = 0
     """0: off. (ours)"""
@@ -93,7 +94,7 @@ class JudgeSettings:
     """N, judgments a response. (paper)"""
     temperature: NonNegative = 0.8
     """(paper)"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    top_p: Share = 0.95
     """(paper)"""
     top_k: CountOrOff = 0
     """0: off. (ours)"""
@@ -110,7 +111,7 @@ class MetaJudgeSettings:
     __pydantic_config__ = STRICT
     temperature: NonNegative = 0.8
     """(ours: not published)"""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+    top_p: Share = 0.95
     """(ours: not published)"""
     top_k: CountOrOff = 0
     """0: off. (ours)"""
@@ -133,7 +134,7 @@ class PairSettings:
     """Limits on what enters the preference set."""
 
     __pydantic_config__ = STRICT
-    max_score_class_share: Fraction = 1.0
+    max_score_class_share: Share = 1.0
     """Largest share of judge pairs whose chosen judgment gives the same score; 1: off. (ours; 0.4 is the remedy
     for a judge that drifts towards 5)"""
     max_judge_share: Fraction = 1.0
@@ -249,11 +250,19 @@ class Recipe:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     iteration: tuple[Iteration, ...] = PAPER_ITERATIONS
     """One entry an iteration. (paper: four)"""
-    random_seed: int = 0
+    random_seed: Annotated[int, Field(ge=0)] = 0
     """Every random choice of the run is a pure function of it and of what the choice is about."""
     save_dtype: Dtype = "bfloat16"
     """Of the models that the run writes."""
 
 
-# Sections that say how fast or how loudly a run goes, never what it computes: they may differ when a run is continued.
-EXECUTION_SECTIONS = ("sampler", "logging")
+# Settings that say how fast, how loudly or in how much memory a run goes, never what it computes (beyond floating-point
+# noise): they may differ when a run is continued.
+EXECUTION_SETTINGS = (
+    "sampler",
+    "logging",
+    "train.micro_batch_tokens",
+    "train.activation_checkpointing",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+)

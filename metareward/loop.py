@@ -22,7 +22,7 @@ from metareward.stages.judge_pairs import select_judge_pairs
 from metareward.stages.preflight import preflight
 from metareward.stages.respond import respond
 from metareward.stages.seed import seed
-from metareward.stages.train import train_policy
+from metareward.stages.train import is_trained, train_policy
 
 STAGES: dict[str, Callable[[Context, int], None]] = {
     "respond": respond,
@@ -39,11 +39,10 @@ def run(recipe: Recipe, root: Path) -> bool:
 
     Returns False where there was nothing left to do.
     """
-    context = open_context(recipe, root)
-    last = context.run.iteration(len(context.recipe.iteration))
-    if ranks.on_first(last.model.is_dir):
-        context.metrics.close()
+    directory, recipe = open_directory(recipe, root)
+    if is_trained(directory.iteration(len(recipe.iteration))):
         return False
+    context = open_context(directory, recipe)
     preflight(context)
     seed(context)
     for number, settings in enumerate(context.recipe.iteration, 1):
@@ -55,7 +54,7 @@ def run(recipe: Recipe, root: Path) -> bool:
 
 def iterate(context: Context, number: int, meta_judge: bool) -> None:
     """One iteration: M_t answers, judges and compares, and is trained on what it preferred to become M_{t+1}."""
-    if ranks.on_first(context.run.iteration(number).model.is_dir):
+    if is_trained(context.run.iteration(number)):
         return
     respond(context, number)
     judge(context, number)
@@ -68,7 +67,7 @@ def iterate(context: Context, number: int, meta_judge: bool) -> None:
 
 def run_stage(recipe: Recipe, root: Path, name: str, iteration: int) -> None:
     """One stage alone, in a run directory that is there. A collective."""
-    context = open_context(recipe, root)
+    context = open_context(*open_directory(recipe, root))
     if name == "seed":
         seed(context)
     elif not 1 <= iteration <= len(context.recipe.iteration):
@@ -80,9 +79,14 @@ def run_stage(recipe: Recipe, root: Path, name: str, iteration: int) -> None:
     context.metrics.close()
 
 
-def open_context(recipe: Recipe, root: Path) -> Context:
-    """Check the recipe, open its run directory and the metrics. A collective."""
+def open_directory(recipe: Recipe, root: Path) -> tuple[RunDirectory, Recipe]:
+    """Check the recipe and open its run directory. A collective."""
     recipe = ranks.on_first(lambda: check(recipe))
     directory = RunDirectory(root.absolute())
     ranks.on_first(lambda: directory.open(recipe))
+    return directory, recipe
+
+
+def open_context(directory: RunDirectory, recipe: Recipe) -> Context:
+    """What the stages are given. Starts the loggers, so not before there is something to log."""
     return Context(directory, recipe, Metrics(directory.root, recipe.logging, ranks.is_first()))

@@ -18,7 +18,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from metareward.config import EXECUTION_SECTIONS, Iteration, Recipe
+from metareward.config import EXECUTION_SETTINGS, Iteration, Recipe
 from metareward.errors import UserError
 
 STARTER = "starter:"
@@ -35,7 +35,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.parent.name in ("", "recipes") and path.name in packaged_recipes():
+    if path.parent in (Path(), Path("recipes")) and path.name in packaged_recipes():
         return Path(str(resources.files("metareward") / "recipes" / path.name))
     raise UserError(
         f"there is no recipe {name}: give the path of a TOML file, or one of {', '.join(packaged_recipes())}"
@@ -148,7 +148,7 @@ def absolute_if_there(name: str) -> str:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Settings that differ in what they compute, as "name: old -> new"."""
     left, right = dict(flatten(asdict(old))), dict(flatten(asdict(new)))
-    names = [name for name in {**left, **right} if name.split(".")[0] not in EXECUTION_SECTIONS]
+    names = [name for name in {**left, **right} if not {name, name.split(".")[0]} & set(EXECUTION_SETTINGS)]
     return [
         f"{name}: {left.get(name, 'absent')!r} -> {right.get(name, 'absent')!r}"
         for name in names

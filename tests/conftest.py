@@ -98,8 +98,23 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_inputs(folder: Path) -> None:
-    topics = ("tea", "rain", "maps", "bread", "stars", "chess", "ferns", "locks", "waves", "paint", "coins", "birds")
-    prompts = [{"prompt_id": f"p{index}", "prompt": f"Tell me about {topic}."} for index, topic in enumerate(topics)]
+    topics = (
+        "tea",
+        "rain",
+        "maps",
+        "bread",
+        "stars",
+        "chess",
+        "ferns",
+        "locks",
+        "waves",
+        "paint",
+        "coins",
+        "birds",
+    )
+    prompts = [
+        {"prompt_id": f"p{index}", "prompt": f"Tell me about {topic}."} for index, topic in enumerate(topics)
+    ]
     quality = [
         {
             "prompt_id": f"q{index}",
@@ -133,9 +148,20 @@ def write_model(folder: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    texts = [comparison_text("A"), comparison_text("B"), *RATIONALES, "Score: 5", "Tell me about", "Explain", "yes yes"]
+    texts = [
+        comparison_text("A"),
+        comparison_text("B"),
+        *RATIONALES,
+        "Score: 5",
+        "Tell me about",
+        "Explain",
+        "yes yes",
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(texts * 5, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -41,12 +41,16 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
+#if defined(METAREWARD_SIMD_ONLY)  // -DMETAREWARD_SIMD_ONLY=avx2, to test and time the other versions
+#define METAREWARD_SIMD_PICK(function) (METAREWARD_SIMD_ONLY::function)
+#else
 #define METAREWARD_SIMD_PICK(function)                                                    \
   (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&             \
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")       \
        ? avx512::function                                                                 \
        : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::function \
                                                                          : generic::function)
+#endif
 #else
 #define METAREWARD_SIMD_PICK(function) (generic::function)
 #endif

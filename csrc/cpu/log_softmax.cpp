@@ -33,6 +33,9 @@ struct Rows {
   char* data;
   int64_t count, vocabulary, row_bytes;
   bool bf16;
+
+  // Rows a thread takes at least: waking one costs more than some ten thousand logits.
+  int64_t grain() const { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, vocabulary)); }
 };
 
 Rows check_rows(const Tensor& logits, const Tensor& targets) {
@@ -64,7 +67,7 @@ std::tuple<Tensor, Tensor> logprob_rows(Tensor logits, Tensor targets, double te
   auto* logprob_out = static_cast<float*>(logprobs.data_ptr());
   auto* lse_out = static_cast<float*>(lse.data_ptr());
   const auto pass = METAREWARD_SIMD_PICK(top_and_sum);
-  torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const void* row = rows.data + i * rows.row_bytes;
       float top;
@@ -91,7 +94,7 @@ void logit_gradient_rows(Tensor logits, Tensor targets, Tensor lse, Tensor grad,
   const auto* incoming = static_cast<const float*>(grad.data_ptr());
   const auto pass = METAREWARD_SIMD_PICK(negative_softmax);
   const float inverse = float(1.0 / temperature);
-  torch::stable::parallel_for(0, rows.count, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       void* row = rows.data + i * rows.row_bytes;
       const float scale = float(incoming[i] / temperature);

@@ -115,7 +115,11 @@ Tensor paged_attention_decode(
   a.scratch_sum_offset = (2 * a.query_heads * padded + a.query_heads + 15) / 16 * 16;
   const int64_t scratch_floats = a.scratch_sum_offset + 16 * a.query_heads;
 
-  const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), sequences * a.kv_heads);
+  // Waking a thread costs more than some ten thousand cached elements.
+  int64_t elements = 0;
+  for (int64_t s = 0; s < sequences; ++s) elements += 2 * a.lengths[s] * a.kv_heads * a.dim;
+  const int64_t parts = std::min<int64_t>(
+      {int64_t(torch::stable::get_num_threads()), sequences * a.kv_heads, 1 + elements / 32768});
   const auto borders = balanced_borders(a, sequences, parts);
   const auto attend = METAREWARD_SIMD_PICK(attend_sequence);
   // One block for all threads: nothing may throw inside parallel_for.

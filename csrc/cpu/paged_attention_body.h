@@ -95,28 +95,6 @@ METAREWARD_INLINE void attend_block(
   }
 }
 
-// Addresses of the keys and values of up to 16 tokens from `start`; returns how many there are.
-template <class T>
-METAREWARD_INLINE int64_t locate_rows(
-    const AttentionArguments& a, const int32_t* table, int64_t length, int64_t start, const T** key_rows,
-    const T** value_rows) {
-  const int64_t tokens = length - start < 16 ? length - start : 16;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t page = table[(start + t) / a.page], slot = (start + t) % a.page;
-    key_rows[t] = (const T*)a.key_pages + page * a.key_strides[0] + slot * a.key_strides[1];
-    value_rows[t] = (const T*)a.value_pages + page * a.value_strides[0] + slot * a.value_strides[1];
-  }
-  return tokens;
-}
-
-// The next page lies anywhere in memory, where the hardware does not look ahead.
-template <class T>
-METAREWARD_INLINE void prefetch_rows(const T* const* rows, int64_t tokens, int64_t offset, int64_t dim) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t d = 0; d < dim; d += int64_t(64 / sizeof(T))) __builtin_prefetch(rows[t] + offset + d);
-  }
-}
-
 // Key heads [head_begin, head_end) of sequence s. scratch: see `scratch_floats` in paged_attention.cpp.
 template <class T>
 METAREWARD_INLINE void attend_sequence_of(
@@ -139,40 +117,38 @@ METAREWARD_INLINE void attend_sequence_of(
   }
   const int64_t length = a.lengths[s];
   const int32_t* table = a.page_table + s * a.table_width;
-  const T* key_rows[2][16];  // of this block and the next
-  const T* value_rows[2][16];
-  int64_t tokens = locate_rows(a, table, length, 0, key_rows[0], value_rows[0]);
-  int64_t now = 0;
-  for (int64_t start = 0; start < length; start += 16, now ^= 1) {
-    const T* const* keys = key_rows[now];
-    const T* const* values = value_rows[now];
-    const int64_t next_tokens = locate_rows(a, table, length, start + 16, key_rows[now ^ 1], value_rows[now ^ 1]);
+  const T* key_rows[16];
+  const T* value_rows[16];
+  for (int64_t start = 0; start < length; start += 16) {
+    const int64_t tokens = length - start < 16 ? length - start : 16;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t page = table[(start + t) / a.page], slot = (start + t) % a.page;
+      key_rows[t] = (const T*)a.key_pages + page * a.key_strides[0] + slot * a.key_strides[1];
+      value_rows[t] = (const T*)a.value_pages + page * a.value_strides[0] + slot * a.value_strides[1];
+    }
     for (int64_t head = head_begin; head < head_end; ++head) {
       const int64_t k = head * a.key_strides[2], v = head * a.value_strides[2];
-      prefetch_rows(key_rows[now ^ 1], next_tokens, k, a.dim);
-      prefetch_rows(value_rows[now ^ 1], next_tokens, v, a.dim);
       for (int64_t g = 0; g < group;) {
         const int64_t h = (head - head_begin) * group + g;
         switch (group - g) {
           case 1:
-            attend_block<T, 1>(keys, values, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
+            attend_block<T, 1>(key_rows, value_rows, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
             g += 1;
             break;
           case 2:
-            attend_block<T, 2>(keys, values, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
+            attend_block<T, 2>(key_rows, value_rows, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
             g += 2;
             break;
           case 3:
-            attend_block<T, 3>(keys, values, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
+            attend_block<T, 3>(key_rows, value_rows, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
             g += 3;
             break;
           default:
-            attend_block<T, 4>(keys, values, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
+            attend_block<T, 4>(key_rows, value_rows, tokens, k, v, a.dim, dp, q + h * dp, acc + h * dp, top + h, sum + h);
             g += 4;
         }
       }
     }
-    tokens = next_tokens;
   }
   T* out = (T*)a.out + (s * a.query_heads + head_begin * group) * a.dim;
   for (int64_t h = 0; h < heads; ++h) {

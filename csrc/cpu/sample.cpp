@@ -224,7 +224,9 @@ std::tuple<Tensor, Tensor> sample_tokens(
 
   const Passes passes;
   const Settings settings{temperature, top_k, top_p};
-  const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), rows);
+  // Waking a thread costs more than some ten thousand logits.
+  const int64_t parts =
+      std::min<int64_t>({int64_t(torch::stable::get_num_threads()), rows, 1 + rows * vocabulary / 32768});
   std::vector<Workspace> workspaces;  // made here: nothing may throw inside parallel_for
   for (int64_t part = 0; part < parts; ++part) workspaces.emplace_back(vocabulary);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -37,7 +37,9 @@ def _logprob_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[
     )
 
 
-def _logit_gradient_rows(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float) -> None:
+def _logit_gradient_rows(
+    logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float
+) -> None:
     return None
 
 

@@ -52,7 +52,9 @@ def _forced() -> str | None:
     if value == "":
         return None
     if value not in CHOICES:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={value!r} is not one of {', '.join(CHOICES)}; unset it to choose freely")
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}={value!r} is not one of {', '.join(CHOICES)}; unset it to choose freely"
+        )
     return value
 
 

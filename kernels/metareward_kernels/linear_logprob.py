@@ -42,7 +42,9 @@ def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _forward_chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _forward_chunk(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     logits = _scaled_logits(hidden, weight, temperature)
     top = logits.amax(dim=1, keepdim=True)
     shifted = logits.sub_(top)
@@ -154,7 +156,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _backward(
+    ctx: Any, grad: Tensor, _: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     grad_hidden, grad_weight = torch.ops.metareward.linear_logprob_backward(
         grad, *ctx.saved_tensors, ctx.temperature, ctx.chunk_tokens, need_hidden, need_weight
@@ -183,11 +187,15 @@ def linear_logprob(
     a temperature that is not positive.
     """
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
-        raise TypeError(f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}")
+        raise TypeError(
+            f"hidden and weight must have one floating dtype, got {hidden.dtype} and {weight.dtype}"
+        )
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64, got {targets.dtype}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"need hidden [T,H] and weight [V,H], got {list(hidden.shape)} and {list(weight.shape)}")
+        raise ValueError(
+            f"need hidden [T,H] and weight [V,H], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"need one target a token, got {list(targets.shape)} for {hidden.shape[0]} tokens")
     if not temperature > 0.0:

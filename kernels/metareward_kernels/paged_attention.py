@@ -11,7 +11,9 @@ from torch import Tensor
 
 from metareward_kernels import dispatch
 
-_GATHER_BYTES = 64 << 20  # the PyTorch path copies the pages of some sequences at a time, at most about this much
+_GATHER_BYTES = (
+    64 << 20
+)  # the PyTorch path copies the pages of some sequences at a time, at most about this much
 
 
 def _attend_gathered(
@@ -25,8 +27,8 @@ def _attend_gathered(
     valid = torch.arange(slots, device=query.device)[None] < lengths[:, None]  # [S, slots]
     # Entries past the end may be anything, and what they point to may be NaN: read page 0 there, and zero it.
     table = torch.where(valid[:, ::page], page_table, 0).long()
-    keys = key_pages[table].view(sequences, slots, kv_heads, dim).to(compute)
-    values = value_pages[table].view(sequences, slots, kv_heads, dim).to(compute)
+    keys = key_pages[table].reshape(sequences, slots, kv_heads, dim).to(compute)
+    values = value_pages[table].reshape(sequences, slots, kv_heads, dim).to(compute)
     values = values.masked_fill(~valid[:, :, None, None], 0.0)
     grouped = query.view(sequences, kv_heads, query_heads // kv_heads, dim).to(compute)
     scores = torch.einsum("skgd,stkd->skgt", grouped, keys).mul_(scale)
@@ -46,7 +48,14 @@ def paged_attention_decode_torch(
     rows = max(1, _GATHER_BYTES // max(1, row_bytes))
     query = query.contiguous()
     parts = [
-        _attend_gathered(query[i : i + rows], key_pages, value_pages, page_table[i : i + rows], lengths[i : i + rows], scale)
+        _attend_gathered(
+            query[i : i + rows],
+            key_pages,
+            value_pages,
+            page_table[i : i + rows],
+            lengths[i : i + rows],
+            scale,
+        )
         for i in range(0, sequences, rows)
     ]
     return torch.cat(parts)
@@ -58,11 +67,15 @@ def _check_indices(key_pages: Tensor, page_table: Tensor, lengths: Tensor) -> No
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > page_table.shape[1] * page:
-        raise IndexError(f"lengths span [{low}, {high}], outside the page table's [0, {page_table.shape[1] * page}]")
+        raise IndexError(
+            f"lengths span [{low}, {high}], outside the page table's [0, {page_table.shape[1] * page}]"
+        )
     first = torch.arange(page_table.shape[1], device=lengths.device) * page
     used = page_table[first[None] < lengths[:, None]]
     if used.numel() and (int(used.min()) < 0 or int(used.max()) >= pages):
-        raise IndexError(f"the page table names pages [{int(used.min())}, {int(used.max())}] of [0, {pages - 1}]")
+        raise IndexError(
+            f"the page table names pages [{int(used.min())}, {int(used.max())}] of [0, {pages - 1}]"
+        )
 
 
 @torch.library.custom_op("metareward::paged_attention_decode", mutates_args=())
@@ -74,7 +87,12 @@ def _paged_attention_decode(
     if dispatch.implementation("paged_attention_decode", query.device.type, unsupported) == "cpp":
         try:
             return torch.ops.metareward.paged_attention_decode_cpp(
-                query.contiguous(), key_pages, value_pages, page_table.contiguous(), lengths.contiguous(), scale
+                query.contiguous(),
+                key_pages,
+                value_pages,
+                page_table.contiguous(),
+                lengths.contiguous(),
+                scale,
             )
         except RuntimeError:  # the stable ABI knows no IndexError
             _check_indices(key_pages, page_table, lengths)
@@ -109,7 +127,9 @@ def paged_attention_decode(
     Raises TypeError, ValueError or (on the CPU) IndexError for inputs that do not fit together.
     """
     if not query.dtype == key_pages.dtype == value_pages.dtype:
-        raise TypeError(f"query, keys and values differ in dtype: {query.dtype}, {key_pages.dtype}, {value_pages.dtype}")
+        raise TypeError(
+            f"query, keys and values differ in dtype: {query.dtype}, {key_pages.dtype}, {value_pages.dtype}"
+        )
     if page_table.dtype != torch.int32 or lengths.dtype != torch.int32:
         raise TypeError(f"page_table and lengths must be int32, got {page_table.dtype} and {lengths.dtype}")
     if query.dim() != 3 or key_pages.dim() != 4 or key_pages.shape != value_pages.shape:

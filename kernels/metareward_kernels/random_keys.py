@@ -69,5 +69,7 @@ def keyed_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     if keys.dtype != torch.int64 or positions.dtype != torch.int64:
         raise TypeError(f"keys and positions must be int64, got {keys.dtype} and {positions.dtype}")
     if keys.dim() != 1 or keys.shape != positions.shape:
-        raise ValueError(f"keys and positions must be [S] and [S], got {list(keys.shape)} and {list(positions.shape)}")
+        raise ValueError(
+            f"keys and positions must be [S] and [S], got {list(keys.shape)} and {list(positions.shape)}"
+        )
     return _keyed_uniforms(keys, positions)

@@ -18,7 +18,9 @@ def _kept_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> 
     limited = 0 < top_k < logits.shape[1]
     if not limited and top_p >= 1.0:
         return None
-    ordered, order = logits.sort(dim=1, descending=True, stable=True)  # of equal logits the lower token id first
+    ordered, order = logits.sort(
+        dim=1, descending=True, stable=True
+    )  # of equal logits the lower token id first
     if limited:
         ordered, order = ordered[:, :top_k], order[:, :top_k]
     keep = torch.ones_like(order, dtype=torch.bool)
@@ -48,7 +50,9 @@ def sample_tokens_torch(
             weights.mul_(kept)
         cumulative = weights.cumsum(dim=1)
         tokens = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-        tokens.clamp_(max=vocabulary - 1)  # only rows with NaN run past the end, and they are overwritten below
+        tokens.clamp_(
+            max=vocabulary - 1
+        )  # only rows with NaN run past the end, and they are overwritten below
     logprobs = shifted.gather(1, tokens[:, None]).squeeze(1) - shifted.exp().sum(dim=1).log()
     invalid = ~top.squeeze(1).isfinite()
     return tokens.masked_fill(invalid, -1), logprobs.float().masked_fill(invalid, float("nan"))
@@ -61,7 +65,9 @@ def _sample_tokens(
     if dispatch.implementation("sample_tokens", logits.device.type) == "cpp":
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        return torch.ops.metareward.sample_tokens_cpp(logits, uniforms.contiguous(), temperature, top_k, top_p)
+        return torch.ops.metareward.sample_tokens_cpp(
+            logits, uniforms.contiguous(), temperature, top_k, top_p
+        )
     return sample_tokens_torch(logits, uniforms, temperature, top_k, top_p)
 
 
@@ -96,7 +102,9 @@ def sample_tokens(
     if logits.dtype != torch.float32 or uniforms.dtype != torch.float64:
         raise TypeError(f"need float32 logits and float64 uniforms, got {logits.dtype} and {uniforms.dtype}")
     if logits.dim() != 2 or uniforms.shape != logits.shape[:1]:
-        raise ValueError(f"need logits [S,V] and uniforms [S], got {list(logits.shape)} and {list(uniforms.shape)}")
+        raise ValueError(
+            f"need logits [S,V] and uniforms [S], got {list(logits.shape)} and {list(uniforms.shape)}"
+        )
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be 0 or a positive number, got {temperature}")
     if top_k < 0:

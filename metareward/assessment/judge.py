@@ -15,6 +15,7 @@ from rich.table import Table
 from metareward.assessment.agreement import agreement
 from metareward.assessment.expected_score import expected_scores, score_cue, score_place
 from metareward.config import SamplerSettings
+from metareward.errors import UserError
 from metareward.model.chat import Chat
 from metareward.model.hf_files import weights_digest
 from metareward.model.locate import locate_model
@@ -24,7 +25,7 @@ from metareward.roles.judge import judge_messages, parse_score
 from metareward.roles.templates import load_template
 from metareward.run import ranks
 from metareward.run.inputs import read_quality
-from metareward.run.jsonl import write_text
+from metareward.run.jsonl import check_writable, write_text
 from metareward.run.progress import progress_bar
 from metareward.sampler.engine import Engine
 from metareward.sampler.request import Completion, Request, SamplingParams
@@ -41,6 +42,15 @@ def assess(
     On one process. Prints a table, writes `out` as JSON where it is given, and returns the same figures.
     """
     began = time.perf_counter()
+    if samples < 1 or max_new_tokens < 1 or limit < 0:
+        raise UserError(
+            f"--samples {samples} --max-new-tokens {max_new_tokens} --limit {limit}: give at least 1 sample and 1 token, and "
+            f"a limit of 0 (all) or more"
+        )
+    if ranks.world_size() > 1:
+        raise UserError("metareward assess runs on one process: start it without torchrun")
+    if out is not None:
+        check_writable(out)
     labelled = read_quality(str(data))[: limit or None]
     folder = ranks.on_first(lambda: locate_model(model))
     chat = Chat.load(folder)
@@ -51,6 +61,11 @@ def assess(
     for item in labelled:
         prompts.append(tuple(chat.render(judge_messages(template, item.prompt, item.response))))
     fitting = [index for index, prompt in enumerate(prompts) if len(prompt) <= room]
+    if not fitting:
+        raise UserError(
+            f"no judge prompt of {data} fits the model's context of {engine.decoder.config.max_context} tokens beside "
+            f"--max-new-tokens {max_new_tokens}: lower it, or give shorter responses"
+        )
     judgments = sample_judgments(engine, prompts, fitting, samples, max_new_tokens)
     texts = {index: [chat.decode(item.token_ids) for item in found] for index, found in judgments.items()}
     scores = {index: [parse_score(text) for text in found] for index, found in texts.items()}
@@ -144,6 +159,8 @@ def show(figures: dict[str, Any]) -> None:
     ):
         table.add_row(label, *(format_figure(side[name]) for side in (sampled, expected)))
     table.add_row("readable judgments", f"{figures['parse_rate']:.1%}", "")
+    if figures["left_out_too_long"]:
+        table.add_row("left out as too long", str(figures["left_out_too_long"]), "")
     table.add_row(
         "score histogram 0..5", " ".join(str(count) for count in figures["score_histogram"].values()), ""
     )

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -107,7 +108,13 @@ def _write_shards(
     def write_held() -> None:
         nonlocal held_bytes
         shards.append(list(held))
-        save_file(held, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        try:
+            save_file(held, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The library tells a full disk in words only.
+            raise UserError(
+                f"{directory} cannot be written ({error}): make room on that disk and run the same command again."
+            ) from None
         held.clear()
         held_bytes = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,28 +77,39 @@ class RunDirectory:
     def open(self, recipe: Recipe) -> None:
         """Make the directory, or check that it belongs to this recipe; call on rank 0.
 
+        A recipe that failed its first checks has made nothing, so another one may take its folder. A kill may leave
+        nothing but the recipe's temporary file.
+
         Raises:
             UserError: made by another recipe, naming the settings that differ; or not a run directory; or not writable.
         """
         if self.recipe.is_file():
             differing = differences(load_recipe(self.recipe), recipe)
-            if differing:
+            if differing and self.has_work():
                 shown = "; ".join(differing[:8]) + ("; ..." if len(differing) > 8 else "")
                 raise UserError(
                     f"{self.root} was made by another recipe ({shown}): "
                     f"use the same settings to continue it, or another --run-dir"
                 )
-        elif self.root.is_dir() and any(self.root.iterdir()):
+        elif self.root.is_dir() and any(path.name != "recipe.toml.tmp" for path in self.root.iterdir()):
             raise UserError(
                 f"{self.root} is not empty and has no recipe.toml: give --run-dir a new folder, or one that a run made"
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            write_text(self.recipe, dump_recipe(recipe))
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            text = dump_recipe(recipe)
+            if not self.recipe.is_file() or self.recipe.read_text(encoding="utf-8") != text:
+                write_text(self.recipe, text)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise UserError(
                 f"cannot write to {self.root} ({os.strerror(error.errno or 0)}): give another --run-dir"
             ) from None
+
+    def has_work(self) -> bool:
+        """Whether a stage has begun: every stage's first file lies in one of these folders."""
+        return self.seed.folder.is_dir() or any(self.root.glob("iteration-*"))
 
 
 def open_existing(root: Path) -> tuple[RunDirectory, Recipe]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 
 from metareward.errors import UserError
 from metareward.recipe_files import STARTER
+
+# JSON can spell what UTF-8 cannot: the first half of an emoji that something cut in two.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,11 @@ def locate(name: str) -> Path:
 def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of every line that is not blank."""
     found: list[tuple[int, dict[str, Any]]] = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions") from None
+    for number, raw in enumerate(data.split(b"\n"), 1):
         if not raw.strip():
             continue
         try:
@@ -63,6 +71,10 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise UserError(
                 f"{path}, line {number} is not a JSON object: every line must be one, such as "
                 '{"prompt": "..."}'
+            )
+        if HALF_CHARACTER.search(json.dumps(value, ensure_ascii=False)):
+            raise UserError(
+                f"{path}, line {number} has half a character (a lone surrogate such as \\ud83d): mend or remove that line"
             )
         found.append((number, value))
     if not found:
@@ -101,6 +113,10 @@ def read_prompts(name: str) -> list[Prompt]:
         if prompt_id in pool:
             first, known = pool[prompt_id]
             if "response" not in line or known.prompt != prompt:
+                if "prompt_id" not in line:
+                    raise UserError(
+                        f"{path}, line {number} repeats the prompt of line {first}: remove one of them"
+                    )
                 raise UserError(
                     f'{path}, line {number} has the prompt_id "{prompt_id}" of line {first}: '
                     f"give every prompt an id of its own"
@@ -145,12 +161,30 @@ def read_quality(name: str) -> list[LabelledResponse]:
 
 
 def draw_prompts(pool: list[Prompt], count: int, iteration: int, seed: int) -> list[Prompt]:
-    """The prompts of one iteration: consecutive slices of a shuffled pool, shuffled anew each time it runs out.
+    """The prompts of one iteration, drawn from a shuffled pool that is shuffled anew each time it runs out.
 
-    A pure function of (pool, count, iteration, seed); within one iteration no prompt comes twice.
+    A pure function of (pool, count, iteration, seed). No prompt comes again before all have been used, and none comes twice
+    within one iteration.
+
+    Raises:
+        UserError: the pool has fewer than `count` prompts.
     """
-    count = min(count, len(pool))
-    per_round = len(pool) // count
-    turn, place = divmod(iteration - 1, per_round)
-    order = np.random.default_rng([seed, turn]).permutation(len(pool))
-    return [pool[index] for index in order[place * count : (place + 1) * count]]
+    if count > len(pool):
+        raise UserError(
+            f"prompts.per_iteration = {count} but the prompt file has {len(pool)}: set it to {len(pool)} or less"
+        )
+    waiting: list[int] = []
+    drawn: list[int] = []
+    rounds = 0
+    for _ in range(iteration):
+        drawn, waiting = waiting[:count], waiting[count:]
+        if len(drawn) < count:
+            order = np.random.default_rng([seed, rounds]).permutation(len(pool)).tolist()
+            rounds += 1
+            # What closes the old round must not open the new one within the same iteration.
+            closing = set(drawn)
+            fresh = [index for index in order if index not in closing][: count - len(drawn)]
+            opening = set(fresh)
+            waiting = [index for index in order if index not in opening]
+            drawn += fresh
+    return [pool[index] for index in drawn]

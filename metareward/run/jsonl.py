@@ -26,7 +26,7 @@ def read_jsonl(path: Path) -> list[Line]:
     if not path.is_file():
         raise UserError(f"{path} is missing: run the stage that writes it first")
     lines = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, text in enumerate(file, 1):
             try:
                 lines.append(json.loads(text))
@@ -59,6 +59,16 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """Whether a file can be written there, asked before the work that it is for.
+
+    Raises:
+        UserError: its folder is missing or not writable, or the path is a folder.
+    """
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: give a file in a folder that is there and can be written to")
+
+
 def encode(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
 
@@ -77,19 +87,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line without a line end, which is what a kill in the middle of a write leaves."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
 class PartFile:
     """The unfinished work of one rank: append-only, one finished request a line.
 
-    Opening it cuts off a last line without a line end, which is what a kill in the middle of a write leaves.
+    Opening it cuts off a last line that a kill cut short.
     """
 
     def __init__(self, final: Path, rank: int) -> None:
         self.path = final.with_name(f"{final.name}.part-{rank}")
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(self.path, whole)
+        cut_torn_line(self.path)
         self.file = self.path.open("a", encoding="utf-8")
 
     def append(self, line: Line) -> None:
@@ -109,6 +125,13 @@ def read_parts(final: Path) -> Iterator[Line]:
     """Finished requests of all ranks so far; a last line cut short by a kill is passed over."""
     for path in part_files(final):
         with path.open("rb") as file:
-            for raw in file:
-                if raw.endswith(b"\n"):
+            for number, raw in enumerate(file, 1):
+                if not raw.endswith(b"\n"):
+                    continue
+                try:
                     yield json.loads(raw)
+                except ValueError:
+                    raise UserError(
+                        f"{path}, line {number} is not valid JSON: something else changed the file; remove that line and "
+                        f"run again"
+                    ) from None

@@ -12,7 +12,7 @@ from typing import Any
 
 from metareward.config import LoggingSettings
 from metareward.errors import UserError
-from metareward.run.jsonl import encode
+from metareward.run.jsonl import cut_torn_line, encode
 
 
 class Metrics:
@@ -25,6 +25,8 @@ class Metrics:
         self.wandb: Any = None
         if not active:
             return
+        # Else the next event would be glued to what a kill left of the last one, and lost with it.
+        cut_torn_line(self.path)
         if settings.tensorboard:
             self.board = tensorboard_writer(folder / "tensorboard")
         if settings.wandb_project:
@@ -91,7 +93,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").split("\n"):
         try:
             events.append(json.loads(text))
         except ValueError:

@@ -81,7 +81,10 @@ def gather(value: T) -> list[T]:
 
 
 def on_first(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its result to all; an error there is raised on every rank."""
+    """Run `action` on rank 0 and hand its result to all; an error there is raised on every rank.
+
+    `action` must not be a collective itself: the other ranks are not in it.
+    """
     outcome: list[Any] = [None, None]
     if is_first():
         try:

@@ -38,6 +38,11 @@ def print_summary(root: Path) -> None:
     numbers = [
         number for number in range(1, len(recipe.iteration) + 1) if run.iteration(number).judgments.is_file()
     ]
+    for event in reversed(events):
+        if "implementations" in event:
+            ops = ", ".join(f"{op}: {name}" for op, name in event["implementations"].items())
+            console.print(f"Kernels of the last sampling stage: {ops}")
+            break
     columns = {number: iteration_figures(run, number, events) for number in numbers}
     if columns:
         console.print(iteration_table(columns))

@@ -70,11 +70,9 @@ class Engine:
         self.max_prefill_tokens = max_prefill_tokens
         self.kv_tokens = kv_tokens
         self.stats = EngineStats()
-        self.pool = PagePool(0)
+        self.pool = PagePool(0 if kv_tokens is None else kv_tokens // page_size)
         self.runner = Runner(decoder, page_size)
         self._generating = False
-        if kv_tokens is not None:
-            self._grow(kv_tokens // page_size)
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Completion]:
         """Complete each request; yields in the order of finishing.
@@ -104,7 +102,11 @@ class Engine:
         try:
             while True:
                 with self._timed("host_seconds"):
+                    held = self.pool.free < self.pool.capacity
                     admission = scheduler.admit()
+                    # Drawing requests may have raised the number of pages, several times even; the tensors
+                    # follow once, and have contents to keep only if pages were in use before.
+                    self.runner.grow(self.pool.capacity, keep=held)
                 if not scheduler.running:
                     break
                 yield from self._start(admission, scheduler, batch, params)
@@ -207,18 +209,12 @@ class Engine:
                 )
             if self.kv_tokens is None:
                 # One page more than the reservations: a group's own copy of its partly filled page.
-                longest = reservation(length, params.max_new_tokens, self.page_size)
-                self._grow(self.max_running * longest + 1)
+                need = self.max_running * reservation(length, params.max_new_tokens, self.page_size) + 1
+                old = self.pool.capacity
+                if need > old:
+                    # By half at least: prompts that lengthen slowly would else copy the cache many times.
+                    self.pool.grow(max(need, old + old // 2))
             yield request
-
-    def _grow(self, pages: int) -> None:
-        old = self.pool.capacity
-        if pages <= old:
-            return
-        # By half at least, because prompts that lengthen slowly would else copy the cache again and again.
-        pages = max(pages, old + old // 2)
-        self.runner.grow(pages, keep=self.pool.free < old)
-        self.pool.grow(pages)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -35,6 +35,8 @@ class Runner:
 
     def grow(self, pages: int, *, keep: bool) -> None:
         """Raise the number of pages; ``keep`` says whether the present ones hold anything still wanted."""
+        if self.key_pages and pages == len(self.key_pages[0]):
+            return
         config = self.decoder.config
         shape = (pages, self.page_size, config.num_kv_heads, config.head_dim)
         for store in (self.key_pages, self.value_pages):

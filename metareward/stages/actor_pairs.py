@@ -23,14 +23,15 @@ def scores_of(judgments: list[Line]) -> dict[tuple[str, int], list[float]]:
 
 def select_actor_pairs(context: Context, iteration: int) -> None:
     """responses.jsonl, judgments.jsonl -> actor_pairs.jsonl."""
-    files = context.files(iteration)
-    if not files.actor_pairs.is_file():
-        ranks.on_first(lambda: write_actor_pairs(context, iteration))
+    ranks.on_first(lambda: write_actor_pairs(context, iteration))
 
 
 def write_actor_pairs(context: Context, iteration: int) -> None:
     began = time.perf_counter()
     files, settings = context.files(iteration), context.recipe.iteration[iteration - 1]
+    # Looked up here, on rank 0: another rank may look so late that the file is there already.
+    if files.actor_pairs.is_file():
+        return
     scores = scores_of(read_jsonl(files.judgments))
     responses: dict[str, list[Line]] = defaultdict(list)
     for line in read_jsonl(files.responses):
@@ -57,8 +58,9 @@ def write_actor_pairs(context: Context, iteration: int) -> None:
                 "rejected_score": pair.rejected_score,
             }
         )
-    write_jsonl(files.actor_pairs, pairs)
+    # Before the file, because after it a kill would lose the figures for good.
     context.metrics.event("pairs", "actor_pairs", iteration, kept=len(pairs), dropped=dict(dropped))
+    write_jsonl(files.actor_pairs, pairs)
     context.metrics.event(
         "stage", "actor_pairs", iteration, seconds=time.perf_counter() - began, requests=len(responses)
     )

@@ -15,7 +15,7 @@ from metareward.roles.templates import load_template
 from metareward.run.jsonl import Line, read_jsonl
 from metareward.sampler.request import Completion, SamplingParams
 from metareward.stages.context import Context
-from metareward.stages.sampling import Job, sample_stage
+from metareward.stages.sampling import Job, is_sampled, sample_stage
 
 Judgments = dict[str, dict[int, dict[int, Line]]]
 """prompt_id -> response_id -> judgment_id -> line"""
@@ -44,7 +44,7 @@ def compare(context: Context, iteration: int) -> None:
     """judgments.jsonl -> comparisons.jsonl. A meta-judge prompt that does not fit the context is left out and counted."""
     files, recipe = context.files(iteration), context.recipe
     settings = recipe.meta_judge
-    if files.comparisons.is_file():
+    if is_sampled(files.comparisons):
         return
     policy = context.policy(iteration)
     chat, limit = context.chat(policy), context.max_context(policy) - settings.max_new_tokens

@@ -7,10 +7,10 @@ from pathlib import Path
 from metareward.config import LoggingSettings
 from metareward.errors import UserError
 from metareward.run.directory import open_existing
-from metareward.run.jsonl import write_jsonl
+from metareward.run.jsonl import check_writable, write_jsonl
 from metareward.run.metrics import Metrics
 from metareward.stages.context import Context
-from metareward.stages.preference_set import pairs
+from metareward.stages.preference_set import differ, pairs
 
 
 def export(root: Path, format: str, out: Path | None, iteration: int) -> None:
@@ -32,6 +32,7 @@ def export(root: Path, format: str, out: Path | None, iteration: int) -> None:
             f"{root} has no preference pairs yet: run it until the pairs of an iteration are selected"
         )
     final = out or root / f"pairs-{format}.jsonl"
+    check_writable(final)
     lines = [
         {
             "prompt": messages,
@@ -42,6 +43,7 @@ def export(root: Path, format: str, out: Path | None, iteration: int) -> None:
         }
         for number in ready
         for identity, kind, messages, chosen, rejected in pairs(context, number)
+        if differ(chosen, rejected)
     ]
     write_jsonl(final, lines)
     print(f"wrote {len(lines)} pairs of iteration {', '.join(map(str, ready))} to {final}")

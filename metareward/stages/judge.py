@@ -10,7 +10,7 @@ from metareward.roles.templates import load_template
 from metareward.run.jsonl import Line, read_jsonl
 from metareward.sampler.request import Completion, SamplingParams
 from metareward.stages.context import Context
-from metareward.stages.sampling import Job, sample_stage
+from metareward.stages.sampling import Job, is_sampled, sample_stage
 
 
 def usable(responses: Iterable[Line]) -> list[Line]:
@@ -26,7 +26,7 @@ def judge_template(context: Context) -> str:
 def judge(context: Context, iteration: int) -> None:
     """responses.jsonl -> judgments.jsonl. A judge prompt that does not fit the context is left out and counted."""
     files, settings = context.files(iteration), context.recipe.judge
-    if files.judgments.is_file():
+    if is_sampled(files.judgments):
         return
     policy = context.policy(iteration)
     chat, limit = context.chat(policy), context.max_context(policy) - settings.max_new_tokens

@@ -31,13 +31,15 @@ def verdicts_of(comparisons: list[Line], consistent: bool) -> dict[Key, list[Ver
 
 def select_judge_pairs(context: Context, iteration: int) -> None:
     """judgments.jsonl, comparisons.jsonl -> judge_pairs.jsonl."""
-    if not context.files(iteration).judge_pairs.is_file():
-        ranks.on_first(lambda: write_judge_pairs(context, iteration))
+    ranks.on_first(lambda: write_judge_pairs(context, iteration))
 
 
 def write_judge_pairs(context: Context, iteration: int) -> None:
     began = time.perf_counter()
     files, recipe = context.files(iteration), context.recipe
+    # Looked up here, on rank 0: another rank may look so late that the file is there already.
+    if files.judge_pairs.is_file():
+        return
     limit = recipe.iteration[iteration - 1].max_chosen_judgment_characters or None
     judgments = comparable(read_jsonl(files.judgments))
     verdicts = verdicts_of(read_jsonl(files.comparisons), recipe.meta_judge.consistent_only)
@@ -60,7 +62,7 @@ def write_judge_pairs(context: Context, iteration: int) -> None:
     if len(kept) < len(keys):
         dropped["score_class_cap"] = len(keys) - len(kept)
     pairs = [pair_line(keys[index], selected[keys[index]]) for index in kept]
-    write_jsonl(files.judge_pairs, pairs)
+    # Before the file, because after it a kill would lose the figures for good.
     context.metrics.event(
         "pairs",
         "judge_pairs",
@@ -70,6 +72,7 @@ def write_judge_pairs(context: Context, iteration: int) -> None:
         first_weight=w1,
         second_weight=w2,
     )
+    write_jsonl(files.judge_pairs, pairs)
     context.metrics.event(
         "stage", "judge_pairs", iteration, seconds=time.perf_counter() - began, requests=len(verdicts)
     )

@@ -65,6 +65,11 @@ def pairs(context: Context, iteration: int) -> Iterator[tuple[str, str, Messages
         )
 
 
+def differ(chosen: Line, rejected: Line) -> bool:
+    """Two judgments of a response can be the same text; such a pair has no gradient and teaches nothing."""
+    return bool(chosen["token_ids"] != rejected["token_ids"])
+
+
 def preference_examples(context: Context, iteration: int, chat: Chat, max_context: int) -> list[Example]:
     """The iteration's training examples.
 
@@ -78,6 +83,9 @@ def preference_examples(context: Context, iteration: int, chat: Chat, max_contex
     examples: list[Example] = []
     counts: Counter[str] = Counter()
     for identity, kind, messages, chosen, rejected in pairs(context, iteration):
+        if not differ(chosen, rejected):
+            counts[f"{kind}_identical"] += 1
+            continue
         prompt = tuple(chat.render(messages))
         completions = (tuple(chosen["token_ids"]), tuple(rejected["token_ids"]))
         if len(prompt) + max(map(len, completions)) > limit:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metareward.config import JudgeSettings, MetaJudgeSettings, Recipe, RespondSettings
+from metareward.errors import UserError
+from metareward.model.locate import locate_model
 from metareward.roles.templates import load_template
 from metareward.run import ranks
-from metareward.run.inputs import read_prompts, read_quality
+from metareward.run.inputs import draw_prompts, read_prompts, read_quality
 from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
+from metareward.stages.respond import render_prompts
 from metareward.training.examples import check_batch
 
 
@@ -22,13 +26,35 @@ def preflight(context: Context) -> None:
 
 
 def check_files(context: Context) -> None:
-    """Files and model of the recipe, on rank 0."""
+    """Files and model of the recipe. On rank 0 alone, so nothing in here may be a collective."""
     recipe = context.recipe
-    read_prompts(recipe.prompts.file)
+    pool = read_prompts(recipe.prompts.file)
     if recipe.seed.enabled:
         read_quality(recipe.seed.file)
     judge_template(context)
     load_template("meta_judge", Path(recipe.meta_judge.template) if recipe.meta_judge.template else None)
-    policy = context.policy(0)
-    context.chat(policy)
-    context.max_context(policy)
+    policy = locate_model(recipe.model.name)
+    chat, max_context = context.chat(policy), context.max_context(policy)
+    for name, settings in sampling_sections(recipe):
+        if settings.max_new_tokens >= max_context:
+            raise UserError(
+                f"{name}.max_new_tokens = {settings.max_new_tokens} leaves no room for a prompt in the model's context of "
+                f"{max_context} tokens: lower it"
+            )
+    for iteration in range(1, len(recipe.iteration) + 1):
+        if not context.files(iteration).prompts.is_file():
+            drawn = draw_prompts(pool, recipe.prompts.per_iteration, iteration, recipe.random_seed)
+            render_prompts(chat, ((item.prompt_id, item.prompt) for item in drawn), max_context, recipe)
+
+
+def sampling_sections(
+    recipe: Recipe,
+) -> list[tuple[str, RespondSettings | JudgeSettings | MetaJudgeSettings]]:
+    """The sections of the sampling stages that the recipe has."""
+    found: list[tuple[str, RespondSettings | JudgeSettings | MetaJudgeSettings]] = [
+        ("respond", recipe.respond),
+        ("judge", recipe.judge),
+    ]
+    if any(item.meta_judge for item in recipe.iteration):
+        found.append(("meta_judge", recipe.meta_judge))
+    return found

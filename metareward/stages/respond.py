@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from metareward.config import Recipe
 from metareward.errors import UserError
+from metareward.model.chat import Chat
 from metareward.roles.actor import actor_messages
 from metareward.run import ranks
 from metareward.run.inputs import draw_prompts, read_prompts
 from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.sampler.request import Completion, SamplingParams
 from metareward.stages.context import Context
-from metareward.stages.sampling import Job, sample_stage
+from metareward.stages.sampling import Job, is_sampled, sample_stage
 
 
 def choose_prompts(context: Context, iteration: int) -> None:
@@ -37,24 +41,17 @@ def respond(context: Context, iteration: int) -> None:
         UserError: a prompt does not fit the model's context, before anything is sampled.
     """
     files, settings = context.files(iteration), context.recipe.respond
-    if files.responses.is_file():
+    if is_sampled(files.responses):
         return
     choose_prompts(context, iteration)
     policy = context.policy(iteration)
-    chat, limit = context.chat(policy), context.max_context(policy) - settings.max_new_tokens
-    jobs: list[Job] = []
-    for line in read_jsonl(files.prompts):
-        prompt = tuple(chat.render(actor_messages(line["prompt"])))
-        if len(prompt) > limit:
-            raise UserError(
-                f'the prompt "{line["prompt_id"]}" has {len(prompt)} tokens and at most {limit} fit beside '
-                f"respond.max_new_tokens = {settings.max_new_tokens}: shorten or remove it in {context.recipe.prompts.file}, "
-                f"or lower respond.max_new_tokens, then start a new run"
-            )
-        jobs += [
-            Job({"prompt_id": line["prompt_id"], "response_id": index}, prompt)
-            for index in range(settings.samples)
-        ]
+    lines = ((line["prompt_id"], line["prompt"]) for line in read_jsonl(files.prompts))
+    rendered = render_prompts(context.chat(policy), lines, context.max_context(policy), context.recipe)
+    jobs = [
+        Job({"prompt_id": prompt_id, "response_id": index}, prompt)
+        for prompt_id, prompt in rendered.items()
+        for index in range(settings.samples)
+    ]
     sample_stage(
         context,
         stage="respond",
@@ -66,6 +63,28 @@ def respond(context: Context, iteration: int) -> None:
         body=response_line,
         finish=mark_duplicates,
     )
+
+
+def render_prompts(
+    chat: Chat, prompts: Iterable[tuple[str, str]], max_context: int, recipe: Recipe
+) -> dict[str, tuple[int, ...]]:
+    """prompt_id -> token ids.
+
+    Raises:
+        UserError: a prompt does not fit the model's context beside its response.
+    """
+    limit = max_context - recipe.respond.max_new_tokens
+    rendered: dict[str, tuple[int, ...]] = {}
+    for prompt_id, text in prompts:
+        prompt = tuple(chat.render(actor_messages(text)))
+        if len(prompt) > limit:
+            raise UserError(
+                f'the prompt "{prompt_id}" has {len(prompt)} tokens and at most {limit} fit beside respond.max_new_tokens = '
+                f"{recipe.respond.max_new_tokens}: shorten or remove it in {recipe.prompts.file}, or lower "
+                f"respond.max_new_tokens, then start a new run"
+            )
+        rendered[prompt_id] = prompt
+    return rendered
 
 
 def response_line(job: Job, text: str, completion: Completion) -> Line:

@@ -32,6 +32,18 @@ def identity(iteration: int, stage: str, head: dict[str, Any]) -> str:
     return json.dumps([iteration, stage, *head.values()], ensure_ascii=False)
 
 
+def is_sampled(final: Path) -> bool:
+    """Whether a sampling stage is done; what a kill after its last rename left beside the file is removed. A collective."""
+
+    def look() -> bool:
+        done = final.is_file()
+        for path in part_files(final) if done else ():
+            path.unlink()
+        return done
+
+    return ranks.on_first(look)
+
+
 def sample_stage(
     context: Context,
     *,

@@ -25,7 +25,7 @@ from metareward.run.inputs import LabelledResponse, read_quality
 from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
-from metareward.stages.train import run_training, training_set
+from metareward.stages.train import drop_checkpoints, is_trained, run_training, training_set
 from metareward.training.examples import Example, check_batch
 from metareward.training.objectives import sft_objective
 from metareward.training.sharded import load_sharded
@@ -43,7 +43,7 @@ class SeedJudgment:
 def seed(context: Context) -> None:
     """quality file -> seed/examples.jsonl, seed/model/. A collective."""
     files, settings = context.run.seed, context.recipe.seed
-    if not settings.enabled or files.model.is_dir():
+    if not settings.enabled or is_trained(files):
         return
     context.release()
     check_batch(settings.batch_examples, ranks.world_size(), "seed.batch_examples")
@@ -83,8 +83,6 @@ def write_examples(context: Context) -> None:
         for item in judgments
     ]
     lines += comparison_lines(context, judgments)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(final, lines)
     counts = {str(score): sum(item.score == score for item in judgments) for score in range(6)}
     context.metrics.event(
         "examples",
@@ -94,11 +92,15 @@ def write_examples(context: Context) -> None:
         comparisons=len(lines) - len(judgments),
         scores=counts,
     )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # Checkpoints from before the examples belong to others: somebody had them made anew.
+    drop_checkpoints(context.run.seed.training)
+    write_jsonl(final, lines)
 
 
 def build(item: LabelledResponse) -> SeedJudgment:
     score = score_of_quality(item.quality)
-    rationale = item.rationale or observed_rationale(item.prompt, item.response)
+    rationale = (item.rationale or "").strip() or observed_rationale(item.prompt, item.response)
     return SeedJudgment(item, score, judgment_text(rationale, score))
 
 
@@ -128,6 +130,11 @@ def comparison_lines(context: Context, judgments: list[SeedJudgment]) -> list[Li
         for other in group
         if abs(own.score - other.score) >= 2 and own.text != other.text
     ]
+    if not pairs:
+        raise UserError(
+            f"seed.meta_judge_examples = {wanted}, but {context.recipe.seed.file} has no prompt with responses two or more "
+            f"points apart: set it to 0, or give such labels"
+        )
     order = np.random.default_rng([context.recipe.random_seed, 1]).permutation(len(pairs))[:wanted]
     lines: list[Line] = []
     for turn, index in enumerate(order):

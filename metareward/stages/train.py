@@ -16,6 +16,7 @@ from metareward.model.decoder import Decoder
 from metareward.model.hf_files import read_config, weights_digest
 from metareward.model.model_writer import save_model
 from metareward.run import ranks
+from metareward.run.directory import IterationFiles
 from metareward.run.jsonl import read_jsonl, write_jsonl
 from metareward.run.progress import progress_bar
 from metareward.stages.context import Context
@@ -31,7 +32,7 @@ Reference = dict[str, tuple[float, float]]
 def train_policy(context: Context, iteration: int) -> None:
     """actor_pairs.jsonl, judge_pairs.jsonl -> reference_logprobs.jsonl, model/. A collective."""
     files, settings = context.files(iteration), context.recipe.train
-    if files.model.is_dir():
+    if is_trained(files):
         return
     context.release()
     check_batch(settings.batch_pairs, ranks.world_size(), "train.batch_pairs")
@@ -40,7 +41,9 @@ def train_policy(context: Context, iteration: int) -> None:
     data = training_set(context, iteration, examples, settings)
     decoder = load_sharded(policy, settings, ranks.device(), ranks.world_size())
     digest = ranks.on_first(lambda: weights_digest(policy))
-    if not files.reference.is_file():
+    if not ranks.on_first(files.reference.is_file):
+        # Checkpoints from before the reference belong to other pairs: somebody had this iteration's files made anew.
+        ranks.on_first(lambda: drop_checkpoints(files.training))
         write_reference(context, iteration, decoder, data, digest)
     reference = read_reference(files.reference, examples, digest)
     run_training(
@@ -125,7 +128,9 @@ def run_training(
             nonlocal tokens
             tokens += figures["tokens"]
             context.metrics.event("step", stage, iteration, step=step, steps=steps, **figures)
-            bar.set_postfix_str(f"loss {figures['loss']:.4f}, {figures['tokens_per_s']:.0f} tok/s", refresh=False)
+            bar.set_postfix_str(
+                f"loss {figures['loss']:.4f}, {figures['tokens_per_s']:.0f} tok/s", refresh=False
+            )
             bar.update(step - bar.n)
 
         train(decoder, data, objective, settings, files.training, ranks.device(), on_step)
@@ -145,8 +150,20 @@ def run_training(
     ranks.on_first(lambda: drop_checkpoints(files.training))
 
 
+def is_trained(files: IterationFiles) -> bool:
+    """Whether the model is there; checkpoints that a kill left after it was written are removed. A collective."""
+
+    def look() -> bool:
+        done = files.model.is_dir()
+        if done:
+            drop_checkpoints(files.training)
+        return done
+
+    return ranks.on_first(look)
+
+
 def drop_checkpoints(folder: Path) -> None:
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path)
 

@@ -69,9 +69,10 @@ def check_batch(batch: int, world_size: int, setting: str) -> None:
     """A global batch must split evenly over the ranks."""
     if batch % world_size:
         lower = batch // world_size * world_size
+        choices = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
         raise UserError(
             f"{setting} = {batch} does not divide over {world_size} processes: "
-            f"set it to {lower or world_size} or {(batch // world_size + 1) * world_size}, or change the number of processes"
+            f"set it to {choices}, or change the number of processes"
         )
 
 

@@ -13,7 +13,9 @@ from metareward.model.decoder import Decoder
 
 def build_optimizer(decoder: Decoder, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, as is customary (norms and biases are vectors)."""
-    assert all(isinstance(parameter, DTensor) for parameter in decoder.parameters()), "weights are not sharded now"
+    assert all(isinstance(parameter, DTensor) for parameter in decoder.parameters()), (
+        "weights are not sharded now"
+    )
     matrices = [parameter for parameter in decoder.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in decoder.parameters() if parameter.ndim <= 1]
     groups = [
@@ -29,7 +31,8 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
 
     The warm-up takes `warmup_share` of the steps, rounded up, and starts above 0, so that no step is spent on nothing.
     """
-    warmup = math.ceil(settings.warmup_share * steps)
+    # Rounded first, because 0.07 * 100 is a little more than 7 in floating point.
+    warmup = math.ceil(round(settings.warmup_share * steps, 6))
     if step < warmup:
         return settings.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)

@@ -80,7 +80,8 @@ def train_step(
         identities = gather_identities(micro)
         raise TrainingDiverged(
             f"the loss is {figures['loss']} and the gradient norm {grad_norm} on the batch {', '.join(identities)}: "
-            f"nothing was updated and the last checkpoint is good; lower the learning rate or look at these examples"
+            f"nothing was updated and the last checkpoint is good; look at these examples, or start a new run with a lower "
+            f"learning rate"
         )
     optimizer.step()
     return StepResult(figures, grad_norm, int(totals["tokens"]), int(totals["unshared_tokens"]))

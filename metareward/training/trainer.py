@@ -69,7 +69,9 @@ def logprobs_of(
     reshard(decoder)
     everyone: list[dict[str, tuple[float, ...]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    return {identity: values for part in everyone for identity, values in part.items()}
+    found = {identity: values for part in everyone for identity, values in part.items()}
+    assert len(found) == len(data.examples), "two examples have one identity"
+    return found
 
 
 def train(

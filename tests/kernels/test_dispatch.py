@@ -1,0 +1,98 @@
+"""Which implementation runs, how it is forced, and what a missing library does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from metareward_kernels import dispatch, implementation, linear_logprob, paged_attention_decode, report
+
+COMPILED = implementation("sample_tokens") == "cpp"
+needs_library = pytest.mark.skipif(not COMPILED, reason="the compiled library is not built")
+
+
+def test_report_names_every_op() -> None:
+    assert set(report()) == set(dispatch.OPS)
+    assert set(report().values()) <= {"cpp", "torch"}
+    assert set(report("cuda").values()) == {"torch"}
+
+
+def test_unknown_names_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown op 'softmax'"):
+        implementation("softmax")
+    monkeypatch.setenv("METAREWARD_KERNELS", "fast")
+    with pytest.raises(ValueError, match="METAREWARD_KERNELS='fast'"):
+        implementation("sample_tokens")
+
+
+def test_torch_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAREWARD_KERNELS", "torch")
+    assert set(report().values()) == {"torch"}
+
+
+@needs_library
+def test_cpp_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAREWARD_KERNELS", "cpp")
+    assert set(report().values()) == {"cpp"}
+    with pytest.raises(RuntimeError, match="not on cuda"):
+        implementation("sample_tokens", "cuda")
+    with pytest.raises(RuntimeError, match="float64"):
+        linear_logprob(torch.zeros(1, 2).double(), torch.zeros(3, 2).double(), torch.tensor([0]))
+    pages = torch.zeros(1, 4, 1, 8, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="float16"):
+        paged_attention_decode(pages[0, :1], pages, pages, torch.zeros(1, 1).int(), torch.ones(1).int(), 1.0)
+
+
+MISSING = """
+import logging, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(name)s %(message)s")
+import torch, metareward_kernels as kernels
+assert Path(kernels.__file__).is_relative_to(sys.argv[1])
+assert set(kernels.report().values()) == {"torch"}
+kernels.keyed_uniforms(torch.arange(3), torch.arange(3))
+logprobs = kernels.linear_logprob(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 1]))
+uniforms = torch.full((1,), 0.5, dtype=torch.float64)
+kernels.sample_tokens(torch.zeros(1, 8), uniforms, temperature=1.0, top_k=0, top_p=1.0)
+pages = torch.zeros(1, 4, 1, 8)
+kernels.paged_attention_decode(pages[0, :1], pages, pages, torch.zeros(1, 1).int(), torch.ones(1).int(), 1.0)
+import os
+os.environ["METAREWARD_KERNELS"] = "cpp"
+try:
+    kernels.report()
+except RuntimeError as error:
+    print("RAISED", error)
+"""
+
+
+def run_without_library(tmp_path: Path, broken: bytes | None) -> str:
+    package = tmp_path / "metareward_kernels"
+    package.mkdir()
+    for source in Path(dispatch.__file__).parent.glob("*.py"):
+        (package / source.name).write_bytes(source.read_bytes())
+    if broken is not None:
+        (package / "_C.so").write_bytes(broken)
+    command = [sys.executable, "-c", MISSING, str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("broken", [None, b"\x7fELF cut short"])
+def test_a_missing_library_warns_once_and_everything_works(tmp_path: Path, broken: bytes | None) -> None:
+    printed = run_without_library(tmp_path, broken)
+    assert printed.count("WARNING metareward_kernels") == 1
+    assert "using the slower PyTorch path; build with" in printed
+    assert printed.count("RAISED METAREWARD_KERNELS=cpp") == 1
+
+
+@needs_library
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_one_openmp_runtime_in_the_process() -> None:
+    torch.zeros(1 << 20).add_(1).sum()
+    report()
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    assert any("metareward_kernels/_C" in path for path in paths)
+    assert len([path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]) == 1

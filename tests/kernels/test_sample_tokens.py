@@ -1,0 +1,186 @@
+"""sample_tokens: the token of the reference, for both implementations, and the distribution itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metareward_kernels import implementation, reference, sample_tokens
+from metareward_kernels.sample import sample_tokens_torch
+from scipy import stats
+from torch import Tensor
+
+COMPILED = implementation("sample_tokens") == "cpp"
+
+
+def torch_path(logits: Tensor, uniforms: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    return sample_tokens_torch(logits, uniforms, **settings)
+
+
+PATHS = [torch_path, sample_tokens]
+SETTINGS = [
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    {"temperature": 0.8, "top_k": 0, "top_p": 0.95},
+    {"temperature": 0.7, "top_k": 40, "top_p": 1.0},
+    {"temperature": 1.5, "top_k": 500, "top_p": 0.9},
+    {"temperature": 4.0, "top_k": 0, "top_p": 0.999},
+    {"temperature": 1.0, "top_k": 10**9, "top_p": 1e-6},
+    {"temperature": 1.0, "top_k": 1, "top_p": 1.0},
+    {"temperature": 1e-4, "top_k": 0, "top_p": 0.5},
+    {"temperature": 0.0, "top_k": 5, "top_p": 0.5},
+]
+
+
+def assert_same(logits: Tensor, uniforms: Tensor, **chosen: Any) -> None:
+    expected = reference.sample_tokens(logits, uniforms, **chosen)
+    for path in PATHS:
+        tokens, logprobs = path(logits, uniforms, **chosen)
+        assert tokens.tolist() == expected[0].tolist()
+        torch.testing.assert_close(logprobs, expected[1], rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("chosen", SETTINGS)
+@pytest.mark.parametrize("vocabulary", [1, 17, 1000, 49152])
+def test_draws_the_token_of_the_reference(chosen: dict[str, Any], vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(18, vocabulary, generator=generator) * 3
+    logits[3:6] *= 5  # peaked
+    logits[6:9] = logits[6:9].round()  # many ties
+    logits[9] = 0.0  # flat
+    logits[10] = -100.0
+    logits[11, vocabulary // 2 :] = -math.inf
+    logits[11, 0] = 1.0
+    logits[12] = torch.where(logits[12] > 0, 0.0, -0.0)  # equal zeros of both signs
+    logits[13] = logits[13] * 1e-3 - 1e4
+    uniforms = torch.rand(18, generator=generator, dtype=torch.float64)
+    uniforms[14], uniforms[15] = 2.0**-54, 1 - 2.0**-53
+    assert_same(logits, uniforms, **chosen)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    row=st.lists(
+        st.one_of(st.integers(-3, 3).map(float), st.floats(-40, 40, width=32), st.just(-math.inf)),
+        min_size=1,
+        max_size=80,
+    ),
+    uniform=st.integers(1, 2**30 - 1).map(lambda k: k / 2**30),
+    temperature=st.sampled_from([0.0, 0.31, 1.0, 2.7]),
+    top_k=st.integers(0, 90),
+    top_p=st.sampled_from([1.0, 0.9131, 0.5003, 0.1007, 1e-9]),
+)
+def test_any_row(row: list[float], uniform: float, temperature: float, top_k: int, top_p: float) -> None:
+    uniforms = torch.tensor([uniform], dtype=torch.float64)
+    assert_same(torch.tensor([row]), uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+@pytest.mark.parametrize("chosen", SETTINGS)
+def test_rows_without_a_distribution(chosen: dict[str, Any]) -> None:
+    logits = torch.randn(5, 100)
+    logits[0, 99] = math.nan
+    logits[1] = -math.inf
+    logits[2, 40] = math.inf
+    logits[3, 0] = math.nan
+    logits[3, 50] = math.inf
+    for path in PATHS:
+        tokens, logprobs = path(logits, torch.full((5,), 0.5, dtype=torch.float64), **chosen)
+        assert tokens[:4].tolist() == [-1] * 4
+        assert logprobs[:4].isnan().all()
+        assert tokens[4] >= 0
+        assert logprobs[4] <= 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_ties_go_to_the_lower_token(path: Any) -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, 2.0, 2.0, 1.0]]).repeat(200, 1)
+    uniforms = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
+    drawn = {
+        "top_k": path(logits, uniforms, temperature=1.0, top_k=2, top_p=1.0)[0],
+        "top_p": path(logits, uniforms, temperature=1.0, top_k=0, top_p=0.3)[0],
+        "greedy": path(logits, uniforms, temperature=0.0, top_k=0, top_p=1.0)[0],
+    }
+    assert set(drawn["top_k"].tolist()) == {1, 2}
+    assert set(drawn["top_p"].tolist()) == {1, 2}
+    assert set(drawn["greedy"].tolist()) == {1}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_200_000_draws_follow_the_distribution(path: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    row = torch.randn(30, generator=generator) * 1.5
+    draws = 200_000
+    uniforms = torch.rand(draws, generator=generator, dtype=torch.float64)
+    chosen = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
+    tokens, logprobs = path(row.expand(draws, 30), uniforms, **chosen)
+    kept = reference.kept_tokens(row, **chosen)  # type: ignore[arg-type]
+    assert 3 < kept.numel() < 20
+    assert set(tokens.unique().tolist()) <= set(kept.tolist())
+    expected = (row[kept].double() / 0.8).softmax(dim=0) * draws
+    counts = torch.bincount(tokens, minlength=30)[kept]
+    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-4
+    torch.testing.assert_close(logprobs, row.log_softmax(dim=0)[tokens])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_deep_tail_is_drawn(path: Any) -> None:
+    # Each of 4096 tail tokens has 2e-9 of the mass: an fp32 sum would lose them after the heavy first token.
+    row = torch.full((4097,), math.log(2e-9))
+    row[0] = 0.0
+    tail = 4096 * 2e-9
+    inside = torch.linspace(0.0, 1.0, 402, dtype=torch.float64)[1:-1]
+    tokens, _ = path(row.expand(400, 4097), 1.0 - tail * inside, temperature=1.0, top_k=0, top_p=1.0)
+    wanted = 4096 - (4096 * inside)
+    assert tokens.min() >= 1
+    assert (tokens - wanted).abs().max() < 2
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled library is not built")
+def test_strided_rows_and_threads_change_nothing() -> None:
+    logits = torch.randn(9, 3000)
+    uniforms = torch.rand(9, dtype=torch.float64)
+    chosen = {"temperature": 0.9, "top_k": 0, "top_p": 0.9}
+    expected = sample_tokens(logits, uniforms, **chosen)  # type: ignore[arg-type]
+    spread = torch.zeros(9, 6000)
+    spread[:, ::2] = logits
+    padded = torch.zeros(9, 3100)
+    padded[:, :3000] = logits
+    threads = torch.get_num_threads()
+    try:
+        for count, view in [(1, logits), (3, logits), (2, spread[:, ::2]), (2, padded[:, :3000])]:
+            torch.set_num_threads(count)
+            found = sample_tokens(view, uniforms, **chosen)  # type: ignore[arg-type]
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bad_arguments() -> None:
+    logits, uniforms = torch.zeros(2, 3), torch.full((2,), 0.5, dtype=torch.float64)
+    good: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with pytest.raises(TypeError, match="float64 uniforms"):
+        sample_tokens(logits, uniforms.float(), **good)
+    with pytest.raises(ValueError, match=r"uniforms \[S\]"):
+        sample_tokens(logits, uniforms[:1], **good)
+    for name, value in [
+        ("temperature", -1.0),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            sample_tokens(logits, uniforms, **{**good, name: value})
+
+
+def test_opcheck() -> None:
+    for logits in (torch.randn(3, 50), torch.randn(3, 100)[:, ::2], torch.randn(0, 50)):
+        uniforms = torch.rand(logits.shape[0], dtype=torch.float64)
+        torch.library.opcheck(torch.ops.metareward.sample_tokens.default, (logits, uniforms, 0.8, 5, 0.9))
+        if COMPILED:
+            compiled = (logits.contiguous(), uniforms, 0.8, 5, 0.9)
+            torch.library.opcheck(torch.ops.metareward.sample_tokens_cpp.default, compiled)
