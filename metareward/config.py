@@ -57,6 +57,8 @@ class SeedSettings:
     max_class_share: Share = 0.25
     """No score class makes up more than this share of the examples; the surplus is left out. (paper thins out the most
     frequent score; the share is ours)"""
+    max_examples: CountOrOff = 0
+    """Use at most this many judgments, drawn at random after balancing; 0: all. (ours)"""
     meta_judge_examples: CountOrOff = 0
     """Comparisons of two judgments built from the same labels, for models too small to compare without an
     example. 0: none. (ours; the paper's EFT has judgments only)"""

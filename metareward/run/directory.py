@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,7 @@ class RunDirectory:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            lock(self.root)
             text = dump_recipe(recipe)
             if not self.recipe.is_file() or self.recipe.read_text(encoding="utf-8") != text:
                 write_text(self.recipe, text)
@@ -110,6 +112,28 @@ class RunDirectory:
     def has_work(self) -> bool:
         """Whether a stage has begun: every stage's first file lies in one of these folders."""
         return self.seed.folder.is_dir() or any(self.root.glob("iteration-*"))
+
+
+_locked: dict[Path, int] = {}
+
+
+def lock(root: Path) -> None:
+    """Keep other processes out of a run until this one ends, however it ends; call on rank 0.
+
+    Raises:
+        UserError: another process works in it, which may be what is left of a killed torchrun.
+    """
+    if root in _locked:
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"another process is working in {root}: wait for it, or end it (a killed torchrun can leave its workers behind)"
+        ) from None
+    _locked[root] = handle
 
 
 def open_existing(root: Path) -> tuple[RunDirectory, Recipe]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
+from metareward.config import SeedSettings
 from metareward.errors import UserError
 from metareward.preference.caps import cap_score_class
 from metareward.roles.judge import judge_messages
@@ -67,9 +69,8 @@ def write_examples(context: Context) -> None:
     if final.is_file():
         return
     settings, random_seed = context.recipe.seed, context.recipe.random_seed
-    judgments = balanced(
-        [build(item) for item in read_quality(settings.file)], settings.max_class_share, random_seed
-    )
+    labelled = [build(item) for item in read_quality(settings.file)]
+    judgments = balanced(labelled, settings, random_seed)
     template = judge_template(context)
     lines: list[Line] = [
         {
@@ -104,10 +105,25 @@ def build(item: LabelledResponse) -> SeedJudgment:
     return SeedJudgment(item, score, judgment_text(rationale, score))
 
 
-def balanced(judgments: list[SeedJudgment], max_share: float, random_seed: int) -> list[SeedJudgment]:
-    """Thinned out so that no score class exceeds `max_share` of what is kept (paper: the most frequent score is thinned)."""
-    kept = cap_score_class([float(item.score) for item in judgments], max_share, seed=random_seed)
-    return [judgments[index] for index in kept]
+def balanced(judgments: list[SeedJudgment], settings: SeedSettings, random_seed: int) -> list[SeedJudgment]:
+    """The judgments that are taught: no score class has more than `max_class_share` (paper: the most frequent score is
+    thinned), then at most `max_examples`, drawn class by class in turn so that the balance stays."""
+    kept = cap_score_class(
+        [float(item.score) for item in judgments], settings.max_class_share, seed=random_seed
+    )
+    if not settings.max_examples:
+        return [judgments[index] for index in kept]
+    classes: dict[int, list[int]] = defaultdict(list)
+    for place in np.random.default_rng([random_seed, 2]).permutation(len(kept)):
+        classes[judgments[kept[place]].score].append(kept[place])
+    # The first of every class, then the second of every class, and so on.
+    in_turn = [
+        index
+        for row in zip_longest(*(classes[score] for score in sorted(classes)))
+        for index in row
+        if index is not None
+    ]
+    return [judgments[index] for index in sorted(in_turn[: settings.max_examples])]
 
 
 def comparison_lines(context: Context, judgments: list[SeedJudgment]) -> list[Line]:

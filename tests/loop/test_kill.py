@@ -74,3 +74,22 @@ def test_ten_kills_change_nothing(
         if ".part-" in path.name or path.suffix == ".tmp" or ".partial-" in path.name
     ]
     assert not leftovers
+
+
+def test_a_second_process_is_kept_out(
+    tiny_world: Path,
+    tmp_path: Path,
+    launch: Callable[[list[str]], subprocess.Popen[str]],
+    metareward: Callable[..., object],
+) -> None:
+    root = tmp_path / "shared"
+    arguments = ["run", str(tiny_world / "recipe.toml"), "--run-dir", str(root)]
+    first = launch(arguments)
+    while not (root / "seed" / "examples.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = metareward(*arguments)
+    assert second.returncode == 2
+    assert "another process is working in" in second.stdout
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
