@@ -26,6 +26,7 @@ def run(
     recipe: tyro.conf.Positional[str],
     *,
     run_dir: Path,
+    stop_after: int | None = None,
     settings: Settings = Recipe(),  # noqa: B008
 ) -> None:
     """Run a recipe to its end, or go on with it from wherever a run in the same directory stopped.
@@ -36,6 +37,7 @@ def run(
     Args:
         recipe: A TOML file, or the name of a packaged one (`metareward recipes` lists them). It comes first.
         run_dir: The run's folder. One made by the same recipe is continued.
+        stop_after: Stop at the end of this iteration; 0: after the seed stage. The same command without it goes on.
         settings: The recipe.
     """
     from metareward.loop import run as run_loop
@@ -43,10 +45,16 @@ def run(
     from metareward.run.summary import print_summary
 
     def work() -> None:
-        worked = run_loop(settings, run_dir)
+        worked = run_loop(settings, run_dir, stop_after)
         if ranks.is_first():
             print_summary(run_dir)
-            print(f"{run_dir} is finished" + ("." if worked else " already; nothing was changed."))
+            if stop_after is not None and stop_after < len(settings.iteration):
+                print(
+                    f"stopped after {f'iteration {stop_after}' if stop_after else 'the seed stage'}, as asked; "
+                    f"the same command without --stop-after goes on."
+                )
+            else:
+                print(f"{run_dir} is finished" + ("." if worked else " already; nothing was changed."))
 
     with_ranks(work)
 
@@ -247,9 +255,10 @@ def run_command(words: list[str]) -> None:
         recipe: tyro.conf.Positional[str],
         *,
         run_dir: Path,
+        stop_after: int | None = None,
         settings: Settings = settings,
     ) -> None:
-        run(recipe, run_dir=run_dir, settings=settings)
+        run(recipe, run_dir=run_dir, stop_after=stop_after, settings=settings)
 
     run_with_defaults.__doc__ = run.__doc__
     tyro.cli(run_with_defaults, prog="metareward run", args=words)

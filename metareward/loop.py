@@ -34,20 +34,26 @@ STAGES: dict[str, Callable[[Context, int], None]] = {
 }
 
 
-def run(recipe: Recipe, root: Path) -> bool:
-    """The whole run, from wherever it stands to its end. A collective.
+def run(recipe: Recipe, root: Path, stop_after: int | None = None) -> bool:
+    """The whole run, from wherever it stands to its end, or to the end of iteration `stop_after` (0: the seed stage). A
+    collective.
 
     Returns False where there was nothing left to do.
     """
+    if stop_after is not None and stop_after < 0:
+        raise UserError(
+            f"--stop-after {stop_after} is negative: give the number of an iteration, or 0 for the seed stage"
+        )
     directory, recipe = open_directory(recipe, root)
     if is_trained(directory.iteration(len(recipe.iteration))):
         return False
     context = open_context(directory, recipe)
     preflight(context)
     seed(context)
-    for number, settings in enumerate(context.recipe.iteration, 1):
+    for number, settings in enumerate(context.recipe.iteration[:stop_after], 1):
         iterate(context, number, settings.meta_judge)
-    context.metrics.event("finished", "run", len(context.recipe.iteration))
+    if stop_after is None or stop_after >= len(recipe.iteration):
+        context.metrics.event("finished", "run", len(recipe.iteration))
     context.metrics.close()
     return True
 

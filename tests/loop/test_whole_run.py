@@ -260,3 +260,17 @@ def test_exported_pairs_are_the_pairs_of_the_run(finished_run: Path, tmp_path: P
             "assistant",
         ]
         assert line["chosen"] != line["rejected"]
+
+
+def test_a_run_stops_where_it_is_asked_and_goes_on(
+    finished_run: Path, tiny_world: Path, tmp_path: Path, metareward: Any
+) -> None:
+    settings = ["--seed.no-enabled", "--model.name", finished_run / "seed" / "model"]
+    command = ["run", tiny_world / "recipe.toml", "--run-dir", tmp_path / "part", *settings]
+    part = metareward(*command, "--stop-after", 1)
+    assert part.returncode == 0, part.stdout
+    assert "stopped after iteration 1" in part.stdout
+    assert not (tmp_path / "part" / "iteration-2").exists()
+    whole = metareward(*command)
+    assert whole.returncode == 0, whole.stdout
+    assert (tmp_path / "part" / "iteration-2" / "model").is_dir()
