@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -93,3 +94,46 @@ def test_a_second_process_is_kept_out(
     assert "another process is working in" in second.stdout
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
+
+
+@pytest.mark.slow
+def test_kills_in_bf16_lose_and_double_nothing(
+    finished_run: Path, tiny_world: Path, tmp_path: Path, launch: Callable[[list[str]], subprocess.Popen[str]]
+) -> None:
+    # In bf16 the batch that a request happens to be in can change its last bits, so texts may differ; identities may not.
+    root = tmp_path / "bf16"
+    arguments = ["run", str(tiny_world / "recipe.toml"), "--run-dir", str(root)]
+    arguments += ["--seed.no-enabled", "--model.name", str(finished_run / "seed" / "model")]
+    arguments += ["--train.compute-dtype", "bfloat16", "--sampler.dtype", "bfloat16"]
+    draw = random.Random(7)
+    kills = 0
+    for sign in ("iteration-1/prompts.jsonl", "iteration-1/responses.jsonl", "iteration-1/model/config.json"):
+        process = launch(arguments)
+        kills += kill_after(process, root / sign, draw.uniform(0.0, 0.3))
+        process.communicate()
+    last = launch(arguments)
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    assert kills >= 2
+    for number in (1, 2):
+        folder = root / f"iteration-{number}"
+        lines = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in FILES}
+        prompts = [json.loads(line)["prompt_id"] for line in (folder / "prompts.jsonl").open()]
+        answered = [(line["prompt_id"], line["response_id"]) for line in lines["responses"]]
+        assert answered == [(prompt_id, index) for prompt_id in prompts for index in range(4)]
+        usable = [
+            (line["prompt_id"], line["response_id"])
+            for line in lines["responses"]
+            if line["finished"] and line["duplicate_of"] is None
+        ]
+        judged = [
+            (line["prompt_id"], line["response_id"], line["judgment_id"]) for line in lines["judgments"]
+        ]
+        assert judged == [(*key, index) for key in usable for index in range(4)]
+        compared = [
+            (line["prompt_id"], line["response_id"], line["first"], line["second"])
+            for line in lines["comparisons"]
+        ]
+        assert len(compared) == len(set(compared)) > 0
+        for prompt_id, response_id, first, second in compared:
+            assert (prompt_id, response_id, second, first) in compared
