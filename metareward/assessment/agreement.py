@@ -50,3 +50,30 @@ def agreement(
         if one[0] != two[0]
     ]
     return Agreement(len(known), spearman, sum(credits) / len(credits) if credits else None, len(credits))
+
+
+@dataclass(frozen=True)
+class LengthDependence:
+    """Rank correlations that tell whether a judge goes by more than length; None where one side is constant.
+
+    `label`: of length with people's labels. `score`: of length with the judge's scores. `partial`: of scores with labels once
+    the ranks of length are taken out of both (the partial Spearman correlation); 0 for a judge that only measures length.
+    """
+
+    label: float | None
+    score: float | None
+    partial: float | None
+
+
+def length_dependence(
+    lengths: Sequence[int], labels: Sequence[float], scores: Sequence[float | None]
+) -> LengthDependence:
+    """How far `scores` follow the length of the response; responses without a score are left out."""
+    known = [item for item in zip(lengths, labels, scores, strict=True) if item[2] is not None]
+    columns = [[row[index] for row in known] for index in range(3)]
+    if len(known) < 4 or any(len(set(column)) == 1 for column in columns):
+        return LengthDependence(None, None, None)
+    table = stats.spearmanr(list(zip(*columns, strict=True))).statistic
+    label, score, both = float(table[0, 1]), float(table[0, 2]), float(table[1, 2])
+    rest = (1 - label**2) * (1 - score**2)
+    return LengthDependence(label, score, (both - label * score) / rest**0.5 if rest > 1e-12 else None)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from metareward.assessment.agreement import agreement
+from metareward.assessment.agreement import agreement, length_dependence
 from metareward.assessment.expected_score import expected_scores, score_cue, score_place
 from metareward.config import SamplerSettings
 from metareward.errors import UserError
@@ -93,6 +93,9 @@ def assess(
         "finished_rate": mean([float(item.finished) for found in judgments.values() for item in found]),
         "sampled": asdict(agreement(ids, labels, sampled_means)),
         "expected": asdict(agreement(ids, labels, expected_means)),
+        "length": asdict(
+            length_dependence([len(item.response) for item in labelled], labels, expected_means)
+        ),
         "score_histogram": {str(score): histogram.get(score, 0) for score in range(6)},
         "score_entropy": score_entropy({float(score): count for score, count in histogram.items()}),
         "seconds": time.perf_counter() - began,
@@ -161,6 +164,12 @@ def show(figures: dict[str, Any]) -> None:
     table.add_row("readable judgments", f"{figures['parse_rate']:.1%}", "")
     if figures["left_out_too_long"]:
         table.add_row("left out as too long", str(figures["left_out_too_long"]), "")
+    for name, label in (
+        ("label", "Spearman of length with labels"),
+        ("score", "Spearman of length with scores"),
+        ("partial", "Spearman with labels, length taken out"),
+    ):
+        table.add_row(label, "", format_figure(figures["length"][name]))
     table.add_row(
         "score histogram 0..5", " ".join(str(count) for count in figures["score_histogram"].values()), ""
     )
