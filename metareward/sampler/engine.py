@@ -1,35 +1,37 @@
 """The sampler's front door: requests in, completions out, as they finish.
 
-One step is: admit what fits, prefill the new prompts, copy partly filled pages to those that fork, draw the
-first tokens of the newcomers, then decode one token for every running sequence. Everything a sample depends
-on is its prompt, the weights, the parameters and the random numbers keyed by (seed, identity, index of the
-token); what runs beside it changes floating-point rounding only.
+A step computes the next token of every decoding sequence and some prompt tokens beside them. Everything a
+sample depends on is its prompt, the weights, the parameters and the random numbers keyed by (seed, identity,
+index of the token); what runs beside it changes floating-point rounding only.
 
-Written without regard to the kind of device, but so far run on CPUs only, never on a GPU.
+On a GPU the host is a step ahead: it puts the next step together while the device computes, and takes the tokens
+of a step when the one after it is on its way. A sequence that has ended then computes one token too many, which is
+dropped. Written without regard to the kind of device, but so far run on CPUs only, never on a GPU.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-import numpy as np
-import torch
-from metareward_kernels import keyed_uniforms, request_key, sample_tokens
-from torch import Tensor
+from metareward_kernels import dispatch, request_key
 
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
-from metareward.sampler.batch import Batch
 from metareward.sampler.pages import PagePool
+from metareward.sampler.prefix_tree import PrefixTree
 from metareward.sampler.request import Completion, EngineStats, Request, SamplingParams
-from metareward.sampler.runner import Runner
-from metareward.sampler.schedule import Admission, Scheduler, reservation
+from metareward.sampler.runner import Drawn, Runner
+from metareward.sampler.schedule import Scheduler, most_pages
+from metareward.sampler.step import Step
+
+OPS = ("paged_attention", "sample_tokens", "keyed_uniforms", "add_rms_norm", "rotate_and_store", "silu_mul")
 
 
 class Engine:
-    """Samples completions from a decoder with a paged key-value cache.
+    """Samples completions from a decoder with a paged key-value cache and a prefix tree.
 
     Args:
         decoder: the weights; the cache takes their dtype and device.
@@ -37,12 +39,16 @@ class Engine:
         seed: with a request's identity, the key of its random numbers.
         max_running: sequences decoded together.
         page_size: tokens a page of the cache.
-        max_prefill_tokens: prompt tokens computed in one step (a longer prompt is computed alone).
+        max_step_tokens: tokens computed in one step, those of prompts and the next ones of running sequences.
         kv_tokens: size of the cache in tokens, rounded down to pages. None: as much as ``max_running`` of the
-            longest request so far may need, grown when a longer one comes.
+            longest request so far may need without sharing, grown when a longer one comes.
+        lookahead: steps the host is ahead of the device. None: 1 on a GPU, 0 on a CPU.
+        margin: pages are left for running sequences to grow to this many times the mean length of completions;
+            less admits more at once and preempts more often.
 
-    The cache lives as long as the engine, but nothing in it is used by a later ``generate``: weights may be
-    changed in place between two calls.
+    Prefixes stay in the cache between two calls of ``generate`` as long as the weights are the same: a change in
+    place is noticed by the tensors' version counters, and ``weights_changed()`` says it where they do not count
+    (``.data``).
     """
 
     def __init__(
@@ -51,12 +57,14 @@ class Engine:
         *,
         stop_ids: Iterable[int],
         seed: int,
-        max_running: int = 64,
+        max_running: int = 256,
         page_size: int = 16,
-        max_prefill_tokens: int = 4096,
+        max_step_tokens: int = 2048,
         kv_tokens: int | None = None,
+        lookahead: int | None = None,
+        margin: float = 1.25,
     ) -> None:
-        sizes = {"max_running": max_running, "page_size": page_size, "max_prefill_tokens": max_prefill_tokens}
+        sizes = {"max_running": max_running, "page_size": page_size, "max_step_tokens": max_step_tokens}
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"{name} is {size}: set 1 or more")
@@ -67,18 +75,21 @@ class Engine:
         self.seed = seed
         self.max_running = max_running
         self.page_size = page_size
-        self.max_prefill_tokens = max_prefill_tokens
+        self.max_step_tokens = max_step_tokens
         self.kv_tokens = kv_tokens
         self.stats = EngineStats()
         self.pool = PagePool(0 if kv_tokens is None else kv_tokens // page_size)
-        self.runner = Runner(decoder, page_size)
+        self.tree = PrefixTree(self.pool, page_size)
+        self.runner = Runner(decoder, page_size, max_running)
+        self.lookahead = (1 if self.runner.device.type == "cuda" else 0) if lookahead is None else lookahead
+        self.margin = margin
         self._generating = False
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Completion]:
         """Complete each request; yields in the order of finishing.
 
-        Requests are drawn lazily, at most two ahead of what is running. Consecutive ones with equal prompts
-        compute the prompt once. Closing the iterator early frees all it holds.
+        Requests are drawn lazily, at most one ahead of what is running; those that share a prefix should come
+        together. Closing the iterator early frees all it holds.
 
         Raises:
             UserError: a prompt is empty, too long for the model or the cache, or has an id that the model's
@@ -90,98 +101,90 @@ class Engine:
         if self._generating:
             raise RuntimeError("this engine is already generating: exhaust or close the earlier iterator")
         self._generating = True
+        version = self.runner.prepare()
         scheduler = Scheduler(
             self._checked(requests, params),
             self.pool,
-            page_size=self.page_size,
+            self.tree,
+            self.tree.root(version),
+            key_of=lambda identity: request_key(self.seed, identity),
+            stop_ids=self.stop_ids,
             max_running=self.max_running,
             max_new_tokens=params.max_new_tokens,
-            max_prefill_tokens=self.max_prefill_tokens,
+            max_step_tokens=self.max_step_tokens,
+            margin=self.margin,
         )
-        batch = Batch(self.max_running, params.max_new_tokens, self.page_size, sorted(self.stop_ids))
+        pending: deque[tuple[Step, Drawn]] = deque()
+        clean = False
         try:
             while True:
-                with self._timed("host_seconds"):
-                    held = self.pool.free < self.pool.capacity
-                    admission = scheduler.admit()
-                    # Drawing requests may have raised the number of pages, several times even; the tensors
-                    # follow once, and have contents to keep only if pages were in use before.
-                    self.runner.grow(self.pool.capacity, keep=held)
-                if not scheduler.running:
+                clean = False
+                step = self._schedule(scheduler)
+                if step is not None:
+                    pending.append((step, self._compute(step, params)))
+                elif not pending:
+                    assert not scheduler.running, "sequences are waiting for each other"
                     break
-                yield from self._start(admission, scheduler, batch, params)
-                yield from self._decode(scheduler, batch, params)
+                if step is None or len(pending) > self.lookahead:
+                    completions = self._take(scheduler, *pending.popleft())
+                    clean = True
+                    yield from completions
+            clean = True
         finally:
             scheduler.close()
+            if not clean:
+                # What the tree calls computed may never have been.
+                self.tree.clear()
             self._generating = False
-            assert self.pool.free == self.pool.capacity, "pages were lost"
+            assert self.pool.free + self.tree.evictable == self.pool.capacity, "pages were lost"
 
-    def _start(
-        self, admission: Admission, scheduler: Scheduler, batch: Batch, params: SamplingParams
-    ) -> list[Completion]:
-        """Prefill the new groups and draw the first token of every new sequence."""
-        if not admission.sequences:
-            return []
-        stats, groups = self.stats, admission.prefill
-        with self._timed("prefill_seconds"):
-            if groups:
-                rows = self.runner.prefill([(group.prompt, group.pages) for group in groups])
-                for group, row in zip(groups, rows, strict=True):
-                    group.logits = row
-                stats.prefill_tokens += sum(len(group.prompt) for group in groups)
-            if admission.copies:
-                self.runner.copy_pages(admission.copies)
-            logits = torch.stack([group.logits for _, group in admission.sequences])
-        with self._timed("host_seconds"):
-            first = batch.size
-            for sequence, _ in admission.sequences:
-                batch.add(sequence, request_key(self.seed, sequence.request.identity))
-                stats.prompt_tokens += len(sequence.request.prompt)
-            stats.requests += len(admission.sequences)
-        return self._sample(logits, first, scheduler, batch, params)
+    def implementations(self) -> dict[str, str]:
+        """Which implementation of each op runs on the engine's device."""
+        device = self.runner.device.type
+        return {op: dispatch.implementation(op, device) for op in OPS} | self.runner.implementations()
 
-    def _decode(self, scheduler: Scheduler, batch: Batch, params: SamplingParams) -> list[Completion]:
-        """Compute one step of all running sequences and draw their next token."""
-        size = batch.size
-        if size == 0:
-            return []
-        with self._timed("host_seconds"):
-            slots = batch.append_slots()
-        with self._timed("decode_seconds"):
-            logits = self.runner.decode(
-                batch.last[:size], slots, batch.page_table[:size], batch.lengths[:size]
-            )
-        self.stats.decode_steps += 1
-        return self._sample(logits, 0, scheduler, batch, params)
+    def weights_changed(self) -> None:
+        """Say that weights were changed in a way that their version counters do not show."""
+        self.runner.forget()
 
-    def _sample(
-        self, logits: Tensor, first: int, scheduler: Scheduler, batch: Batch, params: SamplingParams
-    ) -> list[Completion]:
-        """Draw the next token of the rows from ``first`` on; take out and return those now complete."""
-        with self._timed("sampling_seconds"), torch.inference_mode():
-            rows = slice(first, batch.size)
-            device = logits.device
-            uniforms = keyed_uniforms(
-                torch.from_numpy(batch.keys[rows]).to(device), torch.from_numpy(batch.counts[rows]).to(device)
-            )
-            drawn, drawn_logprobs = sample_tokens(
-                logits, uniforms, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p
-            )
-            tokens, logprobs = drawn.cpu().numpy(), drawn_logprobs.cpu().numpy()
+    def _schedule(self, scheduler: Scheduler) -> Step | None:
+        """The next step; counts what was admitted for it."""
+        stats = self.stats
         with self._timed("host_seconds"):
-            bad = np.flatnonzero(tokens < 0)
-            if len(bad):
-                sequence = batch.sequences[first + int(bad[0])]
-                raise FloatingPointError(
-                    f"the model's logits for request {sequence.request.identity!r} are NaN or all -inf at "
-                    f"new token {int(batch.counts[first + bad[0]])}: weights or activations are not finite"
-                )
-            self.stats.new_tokens += len(tokens)
-            done = first + np.flatnonzero(batch.record(first, tokens, logprobs))
-            completions = [batch.completion(row) for row in done.tolist()]
-            # From the end, so that the row moved into a gap is never one still to be removed.
-            for row in reversed(done.tolist()):
-                scheduler.finish(batch.remove(row))
+            held = self.pool.free < self.pool.capacity
+            step = scheduler.next_step()
+            # Drawing requests may have raised the number of pages, several times even; the tensors follow once,
+            # and have contents to keep only if pages were in use before.
+            self.runner.grow(self.pool.capacity, keep=held)
+            stats.requests += scheduler.started
+            stats.prompt_tokens += scheduler.prompt_tokens
+            stats.preemptions += scheduler.preemptions
+            scheduler.started = scheduler.prompt_tokens = scheduler.preemptions = 0
+            if scheduler.peak_pages > stats.peak_pages:
+                stats.peak_pages, stats.unshared_pages = scheduler.peak_pages, scheduler.unshared_pages
+        return step
+
+    def _compute(self, step: Step, params: SamplingParams) -> Drawn:
+        stats = self.stats
+        start = perf_counter()
+        logits = self.runner.forward(step)
+        computed = perf_counter()
+        drawn = self.runner.draw(logits, step, params)
+        stats.sampling_seconds += perf_counter() - computed
+        # One forward pass serves both: its time is divided by rows.
+        share = step.prefill_tokens / len(step.positions)
+        stats.prefill_seconds += share * (computed - start)
+        stats.decode_seconds += (1 - share) * (computed - start)
+        stats.prefill_tokens += step.prefill_tokens
+        stats.steps += 1
+        return drawn
+
+    def _take(self, scheduler: Scheduler, step: Step, drawn: Drawn) -> list[Completion]:
+        with self._timed("sampling_seconds"):
+            tokens, logprobs = drawn.to_host()
+        with self._timed("host_seconds"):
+            completions, count = scheduler.record(step, tokens, logprobs)
+        self.stats.new_tokens += count
         return completions
 
     def _checked(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Request]:
@@ -189,32 +192,38 @@ class Engine:
         limit = self.decoder.config.max_context - params.max_new_tokens
         vocab_size = self.decoder.config.vocab_size
         seen: set[str] = set()
+        checked: tuple[int, ...] | None = None
         for request in requests:
             identity, length = request.identity, len(request.prompt)
             if identity in seen:
                 raise ValueError(f"two requests have the identity {identity!r}: their samples would be equal")
             seen.add(identity)
-            if length == 0:
-                raise UserError(f"request {identity!r} has an empty prompt: give at least one token")
-            if length > limit:
-                raise UserError(
-                    f"the prompt of request {identity!r} has {length} tokens and the limit is {limit} "
-                    f"(context of {self.decoder.config.max_context} less max_new_tokens of "
-                    f"{params.max_new_tokens}): shorten the prompt or lower max_new_tokens"
-                )
-            if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
-                raise UserError(
-                    f"the prompt of request {identity!r} has a token id outside 0..{vocab_size - 1}: "
-                    "use the tokenizer that belongs to the model"
-                )
+            if request.prompt is not checked:
+                self._check(request, limit, vocab_size)
+                checked = request.prompt
             if self.kv_tokens is None:
-                # One page more than the reservations: a group's own copy of its partly filled page.
-                need = self.max_running * reservation(length, params.max_new_tokens, self.page_size) + 1
+                need = self.max_running * most_pages(length, params.max_new_tokens, self.page_size)
                 old = self.pool.capacity
                 if need > old:
                     # By half at least: prompts that lengthen slowly would else copy the cache many times.
                     self.pool.grow(max(need, old + old // 2))
             yield request
+
+    def _check(self, request: Request, limit: int, vocab_size: int) -> None:
+        identity, length = request.identity, len(request.prompt)
+        if length == 0:
+            raise UserError(f"request {identity!r} has an empty prompt: give at least one token")
+        if length > limit:
+            raise UserError(
+                f"the prompt of request {identity!r} has {length} tokens and the limit is {limit} "
+                f"(context of {self.decoder.config.max_context} less max_new_tokens): shorten the prompt or "
+                "lower max_new_tokens"
+            )
+        if not 0 <= min(request.prompt) <= max(request.prompt) < vocab_size:
+            raise UserError(
+                f"the prompt of request {identity!r} has a token id outside 0..{vocab_size - 1}: "
+                "use the tokenizer that belongs to the model"
+            )
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -1,205 +1,375 @@
-"""The scheduler against an oracle: simulated page contents must read back as each sequence's own tokens."""
+"""The schedule against an oracle, without a model: a device whose cache holds hashes instead of keys and values.
+
+The device gives every row the hash of all tokens up to it. A row may read a place only if that holds the hash of
+the same sequence at that position, and it must read each of its positions exactly once. What is drawn is a function
+of hash and key, so a lost, doubled or stale token shows in the completions.
+"""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from metareward.errors import UserError
 from metareward.sampler.pages import PagePool
-from metareward.sampler.request import Request
-from metareward.sampler.schedule import Scheduler, Sequence, reservation
+from metareward.sampler.prefix_tree import PrefixTree
+from metareward.sampler.request import Completion, Request
+from metareward.sampler.schedule import Scheduler, most_pages
+from metareward.sampler.step import Step
+
+STOP = 0
 
 
-class Machine:
-    """A cache of plain Python cells, driven exactly as the engine drives the tensors."""
+def extend(state: int, token: int) -> int:
+    """Hash of a prefix and one token more."""
+    return hash((state, token))
 
-    def __init__(
-        self, rng: random.Random, groups: int, *, capacity: int, page_size: int, max_running: int
-    ) -> None:
-        self.rng, self.page_size = rng, page_size
-        self.max_new = rng.randint(1, 3 * page_size)
-        longest = capacity * page_size - self.max_new + 1
-        self.requests: list[Request] = []
-        for group in range(groups):
-            length = rng.randint(1, min(longest, 5 * page_size))
-            prompt = tuple([group, *(rng.randrange(1000) for _ in range(length - 1))])
-            members = rng.choice([1, 1, 2, 3, 2 * max_running + 1])
-            self.requests += [Request(f"{group}/{member}", prompt) for member in range(members)]
-        self.drawn = 0
-        self.pool = PagePool(capacity)
-        self.scheduler = Scheduler(
-            self.draw(),
+
+def draw(state: int, key: int, count: int) -> int:
+    """The token a request draws after a prefix; about one in ten is the stop."""
+    return hash((state, key, count)) % 10
+
+
+class FakeDevice:
+    """Runs steps on a cache of hashes and checks everything that they read."""
+
+    def __init__(self, page_size: int, slots: int) -> None:
+        self.page_size = page_size
+        self.cache: dict[int, tuple[int, int]] = {}  # place -> (position, hash)
+        self.newest = [-1] * slots
+        self.rows = 0
+
+    def run(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
+        self._copy(step)
+        inputs = [self.newest[slot] for slot in step.decode_slots] + step.token_ids.tolist()
+        size = len(inputs)
+        assert size == len(step.positions) == len(step.places) > 0
+        assert len(set(step.places.tolist())) == size, "two rows write one place"
+        self.rows += size
+        seen = self._places_read(step)
+        # Rows of one sequence depend on each other; ascending positions respect that.
+        states: dict[int, int] = {}
+        for row in sorted(range(size), key=lambda row: step.positions[row]):
+            position, place = int(step.positions[row]), int(step.places[row])
+            before = sorted(entry for at in seen[row] if at != place for entry in [self.cache[at]])
+            assert [at for at, _ in before] == list(range(position)), "a row misses a position or reads one twice"
+            assert place in seen[row], "a row does not read itself"
+            state = before[-1][1] if before else 0
+            self.cache[place] = (position, extend(state, inputs[row]))
+            states[row] = self.cache[place][1]
+            self.checked(before, state)
+        logits = [states[int(row)] for row in step.logit_rows]
+        tokens = [
+            draw(logits[at], int(key), int(count))
+            for at, key, count in zip(step.draws, step.draw_keys, step.draw_counts, strict=True)
+        ]
+        for slot, token in zip(step.draw_slots, tokens, strict=True):
+            self.newest[slot] = token
+        return np.array(tokens, dtype=np.int64), -np.array(tokens, dtype=np.float32)
+
+    def checked(self, before: list[tuple[int, int]], state: int) -> None:
+        """All hashes read are of one sequence: each position's hash is known to have led to the last."""
+        chain = self.chains.get(state)
+        if chain is None:
+            return
+        assert [value for _, value in before] == chain
+
+    chains: dict[int, list[int]] = {}
+
+    def _copy(self, step: Step) -> None:
+        size = self.page_size
+        read = {
+            int(target) * size + slot: self.cache.get(int(source) * size + slot)
+            for source, target in step.copies
+            for slot in range(size)
+        }
+        for place, content in read.items():
+            self.cache.pop(place, None)
+            if content is not None:
+                self.cache[place] = content
+
+    def _places_read(self, step: Step) -> list[list[int]]:
+        s, size = step.segments, self.page_size
+        seen: list[list[int]] = [[] for _ in step.positions]
+        for g in range(len(s.lengths)):
+            for entry in range(s.row_starts[g], s.row_starts[g + 1]):
+                limit = int(s.limits[entry])
+                assert 0 <= limit <= s.lengths[g]
+                for token in range(limit):
+                    page = int(s.page_ids[s.page_starts[g] + token // size])
+                    seen[s.rows[entry]].append(page * size + token % size)
+        return seen
+
+
+def expected(request: Request, max_new_tokens: int) -> Completion:
+    """The completion by the definition, one request at a time."""
+    state, tokens = 0, list[int]()
+    for token in request.prompt:
+        state = extend(state, token)
+    key = hash(request.identity)
+    while len(tokens) < max_new_tokens and STOP not in tokens:
+        tokens.append(draw(state, key, len(tokens)))
+        state = extend(state, tokens[-1])
+    return Completion(request.identity, tokens, STOP in tokens, [-float(token) for token in tokens])
+
+
+class World:
+    """A pool, a tree and a device, and what a run over them gives."""
+
+    def __init__(self, pages: int, page_size: int, max_running: int, max_step_tokens: int, lookahead: int = 0, margin: float = 1.25) -> None:
+        self.pool = PagePool(pages)
+        self.tree = PrefixTree(self.pool, page_size)
+        self.page_size = page_size
+        self.max_running, self.max_step_tokens = max_running, max_step_tokens
+        self.lookahead, self.margin = lookahead, margin
+        self.device = FakeDevice(page_size, max_running)
+        self.scheduler: Scheduler
+        self.prefilled = 0
+
+    def run(self, requests: list[Request], max_new_tokens: int) -> dict[str, Completion]:
+        """Every completion; checks the books after each step."""
+        device = self.device
+        device.chains = chains(requests)
+        self.scheduler = scheduler = Scheduler(
+            iter(requests),
             self.pool,
-            page_size=page_size,
-            max_running=max_running,
-            max_new_tokens=self.max_new,
-            max_prefill_tokens=4 * page_size,
+            self.tree,
+            self.tree.root("weights"),
+            key_of=hash,
+            stop_ids=[STOP],
+            max_running=self.max_running,
+            max_new_tokens=max_new_tokens,
+            max_step_tokens=self.max_step_tokens,
+            margin=self.margin,
         )
-        self.cells: dict[int, object] = {}
-        self.written: dict[Sequence, list[object]] = {}
-        self.started: list[str] = []
-        self.prefills: Counter[tuple[int, ...]] = Counter()
-        self.steps = 0
-
-    def draw(self) -> Iterator[Request]:
-        for request in self.requests:
-            self.drawn += 1
-            yield request
-
-    def slot(self, pages: list[int], position: int) -> int:
-        return pages[position // self.page_size] * self.page_size + position % self.page_size
-
-    def step(self) -> bool:
-        """One engine step; False when all is done."""
-        self.steps += 1
-        admission = self.scheduler.admit()
-        assert self.drawn <= len(self.started) + len(admission.sequences) + 2, "drawn too far ahead"
-        assert len(self.scheduler.running) <= self.scheduler.max_running
-        assert (
-            len(admission.prefill) <= 1
-            or sum(len(group.prompt) for group in admission.prefill) <= 4 * self.page_size
-        )
-        if not self.scheduler.running:
-            return False
-        for group in admission.prefill:
-            self.prefills[group.prompt] += 1
-            for position, token in enumerate(group.prompt):
-                self.cells[self.slot(group.pages, position)] = token
-        for source, target in admission.copies:
-            for offset in range(self.page_size):
-                self.cells[target * self.page_size + offset] = self.cells.get(
-                    source * self.page_size + offset
-                )
-        for sequence, group in admission.sequences:
-            assert group.prompt == sequence.request.prompt
-            self.started.append(sequence.request.identity)
-            self.written[sequence] = list(group.prompt)
-        for sequence in list(self.scheduler.running):
-            content = self.written[sequence]
-            limit = len(sequence.request.prompt) + self.max_new - 1
-            if len(content) >= limit or self.rng.random() < 0.1:
-                self.check(sequence)
-                self.scheduler.finish(sequence)
-                del self.written[sequence]
-            else:
-                content.append((sequence.request.identity, len(content)))
-                self.cells[self.slot(sequence.pages, len(content) - 1)] = content[-1]
-        self.check_references()
-        return True
-
-    def check(self, sequence: Sequence) -> None:
-        """A wrong share, a missed copy or a page given twice shows as another's token here."""
-        content = self.written[sequence]
-        assert [self.cells[self.slot(sequence.pages, i)] for i in range(len(content))] == content
-
-    def check_references(self) -> None:
-        held = Counter(page for sequence in self.scheduler.running for page in sequence.pages)
-        if self.scheduler._open_group is not None:
-            held.update(self.scheduler._open_group.pages)
-        assert all(self.pool.references(page) == held[page] for page in range(self.pool.capacity))
-        assert self.pool.free == self.pool.capacity - len(held)
-
-
-def test_every_sequence_reads_back_its_own_tokens() -> None:
-    rng = random.Random(1)
-    steps = forks = 0
-    while steps < 20_000:
-        page_size = rng.choice([1, 2, 4, 16])
-        machine = Machine(
-            rng,
-            rng.randint(0, 30),
-            # Down to pools where only one sequence fits, where admission must still go on.
-            capacity=rng.randint(4, 60),
-            page_size=page_size,
-            max_running=rng.randint(1, 9),
-        )
-        while machine.step():
-            pass
-        assert machine.started == [request.identity for request in machine.requests], "not in order"
-        assert machine.pool.free == machine.pool.capacity
-        steps += machine.steps
-        forks += len(machine.started) - machine.prefills.total()
-    assert forks > 1000, "the run hardly shared anything"
-
-
-def test_closing_in_the_middle_frees_everything() -> None:
-    rng = random.Random(2)
-    for _ in range(300):
-        machine = Machine(rng, 10, capacity=40, page_size=4, max_running=rng.randint(1, 6))
-        for _ in range(rng.randint(0, 20)):
-            if not machine.step():
+        got: dict[str, Completion] = {}
+        pending: deque[tuple[Step, np.ndarray, np.ndarray]] = deque()
+        while True:
+            step = scheduler.next_step()
+            self.check_books()
+            if step is not None:
+                assert len(step.token_ids) <= max(self.max_step_tokens - len(step.decode_slots), self.page_size)
+                self.prefilled += len(step.token_ids)
+                pending.append((step, *device.run(step)))
+            elif not pending:
                 break
-        machine.scheduler.close()
-        assert machine.pool.free == machine.pool.capacity
-        assert not machine.scheduler.running
+            if step is None or len(pending) > self.lookahead:
+                for completion in scheduler.record(*pending.popleft())[0]:
+                    assert completion.identity not in got
+                    got[completion.identity] = completion
+                self.check_books()
+        assert not scheduler.running
+        assert self.pool.free + self.tree.evictable == self.pool.capacity, "pages were lost"
+        return got
+
+    def check_books(self) -> None:
+        """Every page is free, in one node, or one sequence's own; users and counts agree with what runs."""
+        scheduler, slots = self.scheduler, self.scheduler.slots
+        owned = [page for node in self.tree.nodes() for page in node.pages]
+        assert len(owned) == self.tree.pages
+        idle = sum(len(node.pages) for node in self.tree.nodes() if not node.users)
+        assert idle == self.tree.evictable
+        readers: dict[int, set[int]] = {}
+        for sequence in scheduler.running:
+            assert slots.sequences[sequence.slot] is sequence and sequence.leaf is not None
+            first = sequence.leaf.end // self.page_size
+            row = slots.page_table[sequence.slot, : slots.held[sequence.slot]].tolist()
+            owned += row[first:]
+            path, node = [], sequence.leaf
+            while node is not None:
+                path[:0] = node.pages
+                readers.setdefault(id(node), set()).add(sequence.slot)
+                node = node.parent
+            assert row[:first] == path
+        for node in self.tree.nodes():
+            extra = set(node.users) - readers.get(id(node), set())
+            copying = {s.slot for s in scheduler.running if s.copy_from is not None}
+            assert readers.get(id(node), set()) <= set(node.users) and extra <= copying
+            assert set(node.active) == {c for cs in node.children.values() for c in cs if c.users}
+            assert len(node.tokens) == len(node.pages) * self.page_size
+            assert 0 <= node.settled <= node.computed <= len(node.tokens)
+        assert len(owned) == len(set(owned)), "a page has two owners"
+        assert len(owned) + self.pool.free == self.pool.capacity
 
 
-def scheduler_for(requests: list[Request], capacity: int, max_running: int, max_new: int = 3) -> Scheduler:
-    return Scheduler(
-        requests,
-        PagePool(capacity),
-        page_size=4,
-        max_running=max_running,
-        max_new_tokens=max_new,
-        max_prefill_tokens=100,
-    )
+def chains(requests: list[Request]) -> dict[int, list[int]]:
+    """For every prefix of every prompt, its hash and the hashes of all its prefixes."""
+    found: dict[int, list[int]] = {}
+    for prompt in {request.prompt for request in requests}:
+        states: list[int] = []
+        for token in prompt:
+            states.append(extend(states[-1] if states else 0, token))
+            found[states[-1]] = list(states)
+    return found
 
 
-def test_group_larger_than_the_slots_is_prefilled_once() -> None:
-    requests = [Request(str(i), (1, 2, 3, 4, 5)) for i in range(7)]
-    scheduler = scheduler_for(requests, capacity=20, max_running=2)
-    prefills = 0
-    while (admission := scheduler.admit()).sequences:
-        prefills += len(admission.prefill)
-        for sequence, _ in admission.sequences:
-            scheduler.finish(sequence)
-    assert prefills == 1
-    assert scheduler.pool.free == 20
+def family(rng: random.Random, count: int, longest: int) -> list[Request]:
+    """Requests whose prompts fork from each other anywhere, with repetitions."""
+    prompts: list[tuple[int, ...]] = [()]
+    requests = []
+    for index in range(count):
+        if index and rng.random() < 0.4:
+            prompt = rng.choice(prompts[1:] or [(1,)])
+        else:
+            base = rng.choice(prompts)
+            base = base[: rng.randint(0, len(base))]
+            room = max(1, longest - len(base))
+            prompt = (*base, *(rng.randint(1, 3) for _ in range(rng.randint(1, room))))[:longest]
+            prompts.append(prompt)
+        requests.append(Request(f"r{index}", prompt))
+    if rng.random() < 0.5:
+        requests.sort(key=lambda request: request.prompt)
+    return requests
 
 
-def test_lone_request_takes_over_its_pages_without_a_copy() -> None:
-    scheduler = scheduler_for([Request("a", (1, 2, 3, 4, 5))], capacity=2, max_running=2)
-    admission = scheduler.admit()
-    assert admission.copies == []
-    assert admission.sequences[0][0].pages == admission.prefill[0].pages
-    assert scheduler.pool.free == 0
-
-
-def test_pool_of_exactly_one_sequence_serves_a_group() -> None:
-    # No room for a copy beside the group's own page: each member must take the pages over in turn.
-    requests = [Request(str(i), (1, 2, 3, 4, 5)) for i in range(3)]
-    scheduler = scheduler_for(requests, capacity=2, max_running=4)
-    served = []
-    while (admission := scheduler.admit()).sequences:
-        assert len(admission.sequences) == 1
-        served.append(admission.sequences[0][0].request.identity)
-        scheduler.finish(admission.sequences[0][0])
-    assert served == ["0", "1", "2"]
-
-
-def test_request_larger_than_the_pool_is_refused_by_name() -> None:
-    scheduler = scheduler_for([Request("giant", tuple(range(30)))], capacity=4, max_running=2)
-    with pytest.raises(UserError, match=r"giant.*32 tokens.*the cache has 16.*kv_tokens"):
-        scheduler.admit()
-
-
-def test_long_prompt_is_prefilled_alone() -> None:
-    prompts = [tuple(range(length)) for length in (60, 61, 150, 10)]
-    scheduler = scheduler_for(
-        [Request(str(i), p) for i, p in enumerate(prompts)], capacity=500, max_running=8
-    )
-    sizes = []
-    while (admission := scheduler.admit()).sequences:
-        sizes.append([len(group.prompt) for group in admission.prefill])
-    assert sizes == [[60], [61], [150], [10]]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "new", "pages"), [(1, 1, 1), (4, 1, 1), (4, 2, 2), (5, 4, 2), (5, 5, 3), (1, 4, 1), (1, 5, 2)]
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    page_size=st.sampled_from([1, 2, 3, 4, 7]),
+    max_running=st.integers(1, 9),
+    max_step_tokens=st.integers(1, 40),
+    spare=st.integers(0, 25),
+    lookahead=st.integers(0, 2),
+    count=st.integers(0, 24),
+    max_new_tokens=st.integers(1, 14),
+    margin=st.sampled_from([0.0, 0.5, 1.25]),
 )
-def test_reservation_leaves_out_the_last_new_token(prompt: int, new: int, pages: int) -> None:
-    assert reservation(prompt, new, page_size=4) == pages
+def test_any_requests_through_any_pool_give_what_the_definition_says(
+    seed: int,
+    page_size: int,
+    max_running: int,
+    max_step_tokens: int,
+    spare: int,
+    lookahead: int,
+    count: int,
+    max_new_tokens: int,
+    margin: float,
+) -> None:
+    requests = family(random.Random(seed), count, longest=30)
+    most = max((most_pages(len(r.prompt), max_new_tokens, page_size) for r in requests), default=0)
+    world = World(most + spare, page_size, max_running, max_step_tokens, lookahead, margin)
+    got = world.run(requests, max_new_tokens)
+    assert got == {r.identity: expected(r, max_new_tokens) for r in requests}
+    # And again over a cache that is full of prefixes.
+    assert world.run(requests, max_new_tokens) == got
+
+
+def test_soak_through_a_pool_that_is_too_small() -> None:
+    rng = random.Random(4)
+    requests = family(rng, 20_000, longest=8)
+    world = World(pages=10, page_size=4, max_running=8, max_step_tokens=24, margin=0.5)
+    world.check_books = lambda: None  # type: ignore[method-assign]  # a hundred thousand times it takes long
+    got = world.run(requests, 20)
+    assert len(got) == 20_000
+    for request in requests[::37]:
+        assert got[request.identity] == expected(request, 20)
+    assert world.scheduler.preemptions > 100, "the pool was never too small"
+
+
+def groups(prompt: list[int], members: int, tails: int, tail: int) -> list[Request]:
+    """``tails`` prompts that share ``prompt`` and go on differently for ``tail`` tokens, ``members`` requests each."""
+    return [
+        Request(f"{t}/{m}", (*prompt, 4 + t, *[1] * (tail - 1))) for t in range(tails) for m in range(members)
+    ]
+
+
+def test_a_group_computes_its_prompt_once() -> None:
+    for length in (1, 3, 4, 5, 8, 9):
+        world = World(200, 4, 16, 64)
+        world.run(groups([1] * (length - 1), 11, 1, 1), 6)
+        assert world.prefilled == length
+
+
+def test_forks_inside_a_page_compute_only_what_differs() -> None:
+    world = World(300, 4, 64, 640)
+    world.run(groups([1, 2, 3] * 7, 1, 8, 5), 6)
+    assert world.prefilled == 21 + 8 * 5
+
+
+def test_late_members_compute_at_most_a_page_again() -> None:
+    world = World(200, 4, 3, 64)
+    world.run(groups([2] * 18, 11, 1, 1), 6)
+    assert world.prefilled <= 19 + 10 * 4
+
+
+def test_full_hit_computes_one_token() -> None:
+    world = World(200, 4, 3, 64)
+    world.run([Request("first", (1,) * 16)], 6)
+    world.prefilled = 0
+    world.run([Request("again", (1,) * 16)], 6)
+    assert world.prefilled == 1
+
+
+def test_prefixes_of_other_weights_are_not_used() -> None:
+    world = World(200, 4, 3, 64)
+    world.run([Request("first", (1,) * 16)], 6)
+    assert world.tree.pages == 4
+    world.tree.root("other weights")
+    assert world.tree.pages == 0
+    assert world.pool.free == 200
+
+
+def test_shared_pages_count_once_at_the_peak() -> None:
+    world = World(400, 4, 32, 640)
+    world.run(groups([3] * 40, 10, 2, 1), 1)
+    assert world.scheduler.peak_pages <= 10 + 2 + 20
+    assert world.scheduler.unshared_pages == 20 * 11
+
+
+def test_least_recently_used_prefix_goes_first() -> None:
+    # 12 pages. Three prompts of 3 whole pages stay in the tree; using the first again makes the second the oldest.
+    world = World(12, 4, 1, 64)
+    a, b, c, d = ([Request(f"{name}", (token,) * 12)] for name, token in zip("abcd", (1, 2, 3, 4), strict=True))
+    for requests in (a, b, c, a, d):
+        world.run(requests, 1)
+    heads = {node.tokens[0] for node in world.tree.nodes()}
+    assert 2 not in heads and {3, 4} <= heads
+
+
+def test_requests_are_drawn_one_ahead() -> None:
+    drawn = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield Request(str(drawn), (drawn,))
+
+    pool = PagePool(100)
+    tree = PrefixTree(pool, 4)
+    limits = {"max_running": 5, "max_new_tokens": 3, "max_step_tokens": 99}
+    scheduler = Scheduler(endless(), pool, tree, tree.root(0), key_of=hash, stop_ids=[], **limits)
+    scheduler.next_step()
+    assert drawn <= 6
+
+
+def test_request_larger_than_the_pool_is_refused() -> None:
+    world = World(4, 4, 2, 64)
+    with pytest.raises(UserError, match=r"'big'.*17 of prompt.*raise kv_tokens"):
+        world.run([Request("big", (1,) * 17)], 2)
+
+
+def test_closing_in_the_middle_gives_everything_back() -> None:
+    pool = PagePool(60)
+    tree = PrefixTree(pool, 4)
+    limits = {"max_running": 8, "max_new_tokens": 9, "max_step_tokens": 16}
+    requests = family(random.Random(1), 30, longest=24)
+    scheduler = Scheduler(iter(requests), pool, tree, tree.root(0), key_of=hash, stop_ids=[], **limits)
+    device = FakeDevice(4, 8)
+    for _ in range(7):
+        step = scheduler.next_step()
+        assert step is not None
+        scheduler.record(step, *device.run(step))
+    scheduler.next_step()
+    assert scheduler.running
+    scheduler.close()
+    assert pool.free + tree.evictable == pool.capacity
+    assert all(node.computed == len(node.tokens) for node in tree.nodes()), "the tree promises what is not computed"
+    tree.clear()
+    assert pool.free == pool.capacity
