@@ -7,8 +7,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
       "paged_attention_decode_cpp(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
       "Tensor lengths, float scale) -> Tensor");
   library.def(
-      "sample_tokens_cpp(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p) "
-      "-> (Tensor, Tensor)");
+      "sample_tokens_cpp(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p, float min_p) "
+      "-> (Tensor, Tensor, Tensor)");
   library.def("logprob_rows_cpp(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor)");
   library.def(
       "logit_gradient_rows_cpp_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor grad, float temperature) "

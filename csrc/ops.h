@@ -26,10 +26,11 @@ Tensor paged_attention_decode(
     Tensor lengths,      // [S] int32
     double scale);
 
-std::tuple<Tensor, Tensor> sample_tokens(
-    Tensor logits,    // [S,V] float32
+// Tokens [S] int64, and [S] float32 each: their log-probs, and those under the distribution drawn from.
+std::tuple<Tensor, Tensor, Tensor> sample_tokens(
+    Tensor logits,    // [S,V]
     Tensor uniforms,  // [S] float64
-    double temperature, int64_t top_k, double top_p);
+    double temperature, int64_t top_k, double top_p, double min_p);
 
 // Log-prob of the targets and log-sum-exp of every row, both [C] float32.
 std::tuple<Tensor, Tensor> logprob_rows(Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, double temperature);

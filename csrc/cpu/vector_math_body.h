@@ -7,9 +7,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef float f32x8 __attribute__((vector_size(32)));
 typedef double f64x8 __attribute__((vector_size(64)));
-typedef int64_t i64x8 __attribute__((vector_size(64)));
 
 #define METAREWARD_INLINE static inline __attribute__((always_inline))
 
@@ -108,26 +106,33 @@ METAREWARD_INLINE f32x16 exp2_16(f32x16 x) {
   return y * (f32x16)exponent;
 }
 
-// e^x for x <= 0 in fp64, 0 below about -708; exact at 0. Relative error about 2e-16.
-METAREWARD_INLINE f64x8 exp_8(f64x8 x) {
-  const f64x8 low = f64x8{} - 708.9;
-  const f64x8 clamped = (x < low) ? low : x;
-  const f64x8 shifted = clamped * 1.4426950408889634 + 6755399441055744.0;  // 1.5 * 2^52, as above
-  const f64x8 n = shifted - 6755399441055744.0;
-  const f64x8 r = (clamped - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  f64x8 y = r * 1.6059043836821613e-10 + 2.0876756987868100e-09;  // Taylor: |r| <= 0.3466, next term 4e-18
-  y = y * r + 2.5052108385441720e-08;
-  y = y * r + 2.7557319223985893e-07;
-  y = y * r + 2.7557319223985888e-06;
-  y = y * r + 2.4801587301587302e-05;
-  y = y * r + 1.9841269841269841e-04;
-  y = y * r + 1.3888888888888889e-03;
-  y = y * r + 8.3333333333333332e-03;
-  y = y * r + 4.1666666666666664e-02;
-  y = y * r + 1.6666666666666666e-01;
-  y = y * r + 0.5;
-  y = y * r + 1.0;
-  y = y * r + 1.0;
-  const i64x8 exponent = ((i64x8)shifted - 0x4338000000000000 + 1023) << 52;
-  return y * (f64x8)exponent;
+// What `exp2_scaled_16` multiplies by: a factor in two floats, and the x below which the result is 0.
+struct ScaleOfTwo {
+  float high, low, lowest;
+};
+
+METAREWARD_INLINE ScaleOfTwo scale_of_two(double factor) {
+  // Within these bounds neither factor * x nor 127 / factor can overflow, so infinity times 0 cannot arise.
+  const double bounded = factor < 1e-36 ? 1e-36 : factor > 1e36 ? 1e36 : factor;
+  const float high = float(bounded);
+  return {high, float(bounded - double(high)), float(-127.0 / bounded)};
+}
+
+// 2^(factor * x) for x <= 0, 0 where that is below 2^-126; exact at 0. Relative error about 1e-7 for any x where there
+// are fused multiply-adds: a product rounded to fp32 would cost a weight of 2^-100 all but 17 bits.
+METAREWARD_INLINE f32x16 exp2_scaled_16(f32x16 x, ScaleOfTwo factor) {
+  const f32x16 low = f32x16{} + factor.lowest;
+  const f32x16 clamped = (x < low) ? low : x;  // a NaN passes
+  const f32x16 shifted = clamped * factor.high + 12582912.0f;  // 1.5 * 2^23 leaves the nearest integer in the low bits
+  const f32x16 n = shifted - 12582912.0f;
+  const f32x16 r = (clamped * factor.high - n) + clamped * factor.low;  // in [-0.5, 0.5]
+  f32x16 y = r * 1.5252733804059841e-05f + 1.5403530393381609e-04f;
+  y = y * r + 1.3333558146428443e-03f;
+  y = y * r + 9.6181291076284772e-03f;
+  y = y * r + 5.5504108664821580e-02f;
+  y = y * r + 2.4022650695910072e-01f;
+  y = y * r + 6.9314718055994531e-01f;
+  y = y * r + 1.0f;
+  const i32x16 exponent = ((i32x16)shifted - 0x4B400000 + 127) << 23;  // 0 for n = -127: the result is 0
+  return y * (f32x16)exponent;
 }

@@ -20,11 +20,12 @@ def _paged_attention_decode(
 
 
 def _sample_tokens(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
         torch.empty(rows, dtype=torch.int64, device=logits.device),
+        torch.empty(rows, dtype=torch.float32, device=logits.device),
         torch.empty(rows, dtype=torch.float32, device=logits.device),
     )
 

@@ -38,41 +38,50 @@ def paged_attention_decode(
     return out
 
 
-def kept_tokens(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Token ids (ascending) of one valid row [V] that may be drawn: top-k first, then top-p of what is left."""
+def kept_tokens(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> Tensor:
+    """Token ids (ascending) of one valid row [V] that may be drawn: top-k first, then top-p of what is left, then
+    min-p.
+    """
     row = logits.double()
     if temperature == 0.0:
         return row.argmax(dim=0, keepdim=True)
     order = row.sort(descending=True, stable=True).indices  # stable: of equal logits the lower token id first
     if 0 < top_k < row.numel():
         order = order[:top_k]
+    weights = ((row[order] - row.max()) / temperature).exp()
     if top_p < 1.0:
-        mass = ((row[order] - row.max()) / temperature).exp().cumsum(dim=0)
+        mass = weights.cumsum(dim=0)
         order = order[: int((mass < top_p * mass[-1]).sum()) + 1]
+    order = order[weights[: order.numel()] >= min_p]
     return order.sort().values
 
 
 def sample_tokens(
-    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF draw in vocabulary order over the kept tokens, in fp64. [S,V], [S] -> [S] int64, [S] float32.
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse-CDF draw in vocabulary order over the kept tokens, in fp64. [S,V], [S] -> [S] int64, and [S] float32
+    each: the log-prob under softmax(logits), and the one under the truncated distribution.
 
-    A row that holds NaN or +inf, or no finite logit, has no distribution: token -1, log-prob NaN.
+    A row that holds NaN or +inf, or no finite logit, has no distribution: token -1, log-probs NaN.
     """
     tokens = torch.full((logits.shape[0],), -1, dtype=torch.int64)
     logprobs = torch.full((logits.shape[0],), math.nan, dtype=torch.float32)
+    truncated = torch.full((logits.shape[0],), math.nan, dtype=torch.float32)
     for s in range(logits.shape[0]):
         row = logits[s].double()
         if row.numel() == 0 or not math.isfinite(row.max()):  # max() is NaN when any element is
             continue
-        kept = kept_tokens(row, temperature=temperature, top_k=top_k, top_p=top_p)
+        kept = kept_tokens(row, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        drawn = 0
         if kept.numel() > 1:
             cumulative = ((row[kept] - row.max()) / temperature).exp().cumsum(dim=0)
             drawn = int((cumulative <= uniforms[s] * cumulative[-1]).sum())
-            kept = kept[drawn:]
-        tokens[s] = kept[0]
-        logprobs[s] = row.log_softmax(dim=0)[kept[0]]
-    return tokens, logprobs
+        tokens[s] = kept[drawn]
+        logprobs[s] = row.log_softmax(dim=0)[kept[drawn]]
+        truncated[s] = 0.0 if temperature == 0.0 else (row[kept] / temperature).log_softmax(dim=0)[drawn]
+    return tokens, logprobs, truncated
 
 
 def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -1,11 +1,13 @@
-"""Draw one token a row from logits: temperature, top-k, top-p, by inverse CDF in vocabulary order.
+"""Draw one token a row from logits: temperature, top-k, top-p, min-p, by inverse CDF in vocabulary order.
 
 The uniform number comes from outside (`keyed_uniforms`), so a draw is a pure function of a row and a number. Masses
-and cumulative sums are fp64: in fp32 a sum over a large vocabulary drops the tail. The compiled path selects by
-threshold, about 3 reads of the row; the PyTorch path sorts when top-p is on.
+and cumulative sums are fp64: in fp32 a sum over a large vocabulary drops the tail. The compiled path reads the row
+two or three times, bf16 as it is, and selects by threshold; the PyTorch path sorts when top-k or top-p is on.
 """
 
 from __future__ import annotations
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from metareward_kernels import dispatch
 
 
 def _kept_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor | None:
-    """[S,V] bool of the tokens that may be drawn, or None for all of them."""
+    """[S,V] bool of the tokens that top-k and top-p leave, or None for all of them."""
     limited = 0 < top_k < logits.shape[1]
     if not limited and top_p >= 1.0:
         return None
@@ -31,21 +33,24 @@ def _kept_mask(logits: Tensor, temperature: float, top_k: int, top_p: float) -> 
 
 
 def sample_tokens_torch(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
-    """The PyTorch path of `sample_tokens`."""
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The PyTorch path of `sample_tokens`, truncated log-probs included."""
     rows, vocabulary = logits.shape
     if rows == 0 or vocabulary == 0:
         nan = torch.full((rows,), float("nan"), device=logits.device)
-        return torch.full((rows,), -1, dtype=torch.int64, device=logits.device), nan
+        return torch.full((rows,), -1, dtype=torch.int64, device=logits.device), nan, nan.clone()
     top = logits.amax(dim=1, keepdim=True)
     shifted = logits.double() - top
     if temperature == 0.0:
         # argmax leaves open which of equal maxima it gives; the first True of a mask is defined.
         tokens = (logits == top).int().argmax(dim=1)
+        truncated = shifted.new_zeros(rows)
     else:
         weights = (shifted / temperature).exp_()
         kept = _kept_mask(logits, temperature, top_k, top_p)
+        if min_p > 0.0:
+            weights.masked_fill_(weights < min_p, 0.0)
         if kept is not None:
             weights.mul_(kept)
         cumulative = weights.cumsum(dim=1)
@@ -53,33 +58,65 @@ def sample_tokens_torch(
         tokens.clamp_(
             max=vocabulary - 1
         )  # only rows with NaN run past the end, and they are overwritten below
+        truncated = shifted.gather(1, tokens[:, None]).squeeze(1) / temperature - cumulative[:, -1].log()
     logprobs = shifted.gather(1, tokens[:, None]).squeeze(1) - shifted.exp().sum(dim=1).log()
     invalid = ~top.squeeze(1).isfinite()
-    return tokens.masked_fill(invalid, -1), logprobs.float().masked_fill(invalid, float("nan"))
+    return (
+        tokens.masked_fill(invalid, -1),
+        logprobs.float().masked_fill(invalid, float("nan")),
+        truncated.float().masked_fill(invalid, float("nan")),
+    )
 
 
 @torch.library.custom_op("metareward::sample_tokens", mutates_args=())
 def _sample_tokens(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     if dispatch.implementation("sample_tokens", logits.device.type) == "cpp":
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         return torch.ops.metareward.sample_tokens_cpp(
-            logits, uniforms.contiguous(), temperature, top_k, top_p
+            logits, uniforms.contiguous(), temperature, top_k, top_p, min_p
         )
-    return sample_tokens_torch(logits, uniforms, temperature, top_k, top_p)
+    return sample_tokens_torch(logits, uniforms, temperature, top_k, top_p, min_p)
 
 
 @_sample_tokens.register_fake
 def _(
-    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = logits.shape[0]
     return (
         torch.empty(rows, dtype=torch.int64, device=logits.device),
         torch.empty(rows, dtype=torch.float32, device=logits.device),
+        torch.empty(rows, dtype=torch.float32, device=logits.device),
     )
+
+
+@overload
+def sample_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+    truncated_logprobs: Literal[False] = False,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def sample_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+    truncated_logprobs: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def sample_tokens(
@@ -89,18 +126,26 @@ def sample_tokens(
     temperature: float,
     top_k: int,
     top_p: float,
-) -> tuple[Tensor, Tensor]:
+    min_p: float = 0.0,
+    truncated_logprobs: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Draw one token a row; also its log-prob under the raw distribution softmax(logits).
 
-    logits [S,V] float32; uniforms [S] float64 in (0,1). temperature 0 takes the argmax, the lowest id of equal maxima.
-    top_k 0 (or at least V) and top_p 1.0 are off. top_k keeps the k most probable tokens, then top_p the smallest set
-    of the most probable ones whose mass reaches top_p of the mass after top_k; of equal logits the lower id goes first.
-    The token is the smallest kept id i whose cumulative mass exceeds uniform * total, summed in fp64.
-    Returns (tokens [S] int64, logprobs [S] float32). A row that holds NaN or +inf, or no finite logit, gives
-    (-1, NaN): the caller knows whose row it is. Raises TypeError or ValueError for other dtypes, shapes, settings.
+    logits [S,V] float32 or bfloat16 (read exactly: the draw is that of the same values in float32); uniforms [S]
+    float64 in (0,1). temperature 0 takes the argmax, the lowest id of equal maxima. top_k 0 (or at least V), top_p 1.0
+    and min_p 0.0 are off. top_k keeps the k most probable tokens, then top_p the smallest set of the most probable
+    ones whose mass reaches top_p of the mass after top_k, then min_p those whose probability is at least min_p times
+    that of the most probable; of equal logits the lower id goes first. The token is the smallest kept id i whose
+    cumulative mass exceeds uniform * total, summed in fp64.
+    Returns (tokens [S] int64, logprobs [S] float32), and with `truncated_logprobs` also the log-probs [S] float32
+    under the distribution drawn from, after temperature, top-k, top-p and min-p (0 at temperature 0). A row that holds
+    NaN or +inf, or no finite logit, gives (-1, NaN, NaN): the caller knows whose row it is.
+    Raises TypeError or ValueError for other dtypes, shapes, settings.
     """
-    if logits.dtype != torch.float32 or uniforms.dtype != torch.float64:
-        raise TypeError(f"need float32 logits and float64 uniforms, got {logits.dtype} and {uniforms.dtype}")
+    if logits.dtype not in (torch.float32, torch.bfloat16) or uniforms.dtype != torch.float64:
+        raise TypeError(
+            f"need float32 or bfloat16 logits and float64 uniforms, got {logits.dtype} and {uniforms.dtype}"
+        )
     if logits.dim() != 2 or uniforms.shape != logits.shape[:1]:
         raise ValueError(
             f"need logits [S,V] and uniforms [S], got {list(logits.shape)} and {list(uniforms.shape)}"
@@ -111,4 +156,9 @@ def sample_tokens(
         raise ValueError(f"top_k must be 0 (off) or positive, got {top_k}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-    return _sample_tokens(logits, uniforms, float(temperature), top_k, float(top_p))
+    if not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"min_p must lie in [0, 1], got {min_p}")
+    tokens, logprobs, truncated = _sample_tokens(
+        logits, uniforms, float(temperature), top_k, float(top_p), float(min_p)
+    )
+    return (tokens, logprobs, truncated) if truncated_logprobs else (tokens, logprobs)

@@ -17,11 +17,15 @@ from torch import Tensor
 COMPILED = implementation("sample_tokens") == "cpp"
 
 
-def torch_path(logits: Tensor, uniforms: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+def torch_path(logits: Tensor, uniforms: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     return sample_tokens_torch(logits, uniforms, **settings)
 
 
-PATHS = [torch_path, sample_tokens]
+def chosen_path(logits: Tensor, uniforms: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return sample_tokens(logits, uniforms, **settings, truncated_logprobs=True)
+
+
+PATHS = [torch_path, chosen_path]
 SETTINGS = [
     {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
     {"temperature": 0.8, "top_k": 0, "top_p": 0.95},
@@ -32,15 +36,23 @@ SETTINGS = [
     {"temperature": 1.0, "top_k": 1, "top_p": 1.0},
     {"temperature": 1e-4, "top_k": 0, "top_p": 0.5},
     {"temperature": 0.0, "top_k": 5, "top_p": 0.5},
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.05},
+    {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.013},
+    {"temperature": 2.0, "top_k": 300, "top_p": 0.97, "min_p": 0.1},
+    {"temperature": 1.0, "top_k": 7, "top_p": 1.0, "min_p": 1.0},
+    {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.5},
+    {"temperature": 1e-40, "top_k": 0, "top_p": 1.0},
+    {"temperature": 1e40, "top_k": 0, "top_p": 0.9},
 ]
 
 
 def assert_same(logits: Tensor, uniforms: Tensor, **chosen: Any) -> None:
     expected = reference.sample_tokens(logits, uniforms, **chosen)
     for path in PATHS:
-        tokens, logprobs = path(logits, uniforms, **chosen)
+        tokens, logprobs, truncated = path(logits, uniforms, **chosen)
         assert tokens.tolist() == expected[0].tolist()
         torch.testing.assert_close(logprobs, expected[1], rtol=2e-6, atol=2e-6, equal_nan=True)
+        torch.testing.assert_close(truncated, expected[2], rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("chosen", SETTINGS)
@@ -72,10 +84,32 @@ def test_draws_the_token_of_the_reference(chosen: dict[str, Any], vocabulary: in
     temperature=st.sampled_from([0.0, 0.31, 1.0, 2.7]),
     top_k=st.integers(0, 90),
     top_p=st.sampled_from([1.0, 0.9131, 0.5003, 0.1007, 1e-9]),
+    min_p=st.sampled_from([0.0, 0.0, 1e-9, 0.0713, 0.6031, 1.0]),
 )
-def test_any_row(row: list[float], uniform: float, temperature: float, top_k: int, top_p: float) -> None:
+def test_any_row(
+    row: list[float], uniform: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     uniforms = torch.tensor([uniform], dtype=torch.float64)
-    assert_same(torch.tensor([row]), uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert_same(torch.tensor([row]), uniforms, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+@pytest.mark.parametrize("chosen", SETTINGS)
+@pytest.mark.parametrize("vocabulary", [1, 33, 4097])
+def test_bf16_draws_what_the_same_values_in_fp32_draw(chosen: dict[str, Any], vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (torch.randn(40, vocabulary, generator=generator) * 4).bfloat16()
+    logits[3] = logits[3].round()
+    logits[4, vocabulary // 2] = -math.inf
+    logits[5, vocabulary // 2] = math.nan
+    logits[6] = -math.inf
+    logits[7, 0] = math.inf
+    uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
+    assert_same(logits, uniforms, **chosen)
+    for path in PATHS:
+        for narrow, wide in zip(
+            path(logits, uniforms, **chosen), path(logits.float(), uniforms, **chosen), strict=True
+        ):
+            assert torch.equal(narrow.nan_to_num(7.0), wide.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("chosen", SETTINGS)
@@ -87,11 +121,14 @@ def test_rows_without_a_distribution(chosen: dict[str, Any]) -> None:
     logits[3, 0] = math.nan
     logits[3, 50] = math.inf
     for path in PATHS:
-        tokens, logprobs = path(logits, torch.full((5,), 0.5, dtype=torch.float64), **chosen)
+        uniforms = torch.full((5,), 0.5, dtype=torch.float64)
+        tokens, logprobs, truncated = path(logits, uniforms, **chosen)
         assert tokens[:4].tolist() == [-1] * 4
         assert logprobs[:4].isnan().all()
+        assert truncated[:4].isnan().all()
         assert tokens[4] >= 0
-        assert logprobs[4] <= 0
+        assert logprobs[4] <= truncated[4] + 1e-6 or chosen["temperature"] > 1.0
+        assert max(logprobs[4], truncated[4]) <= 0
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -109,20 +146,38 @@ def test_ties_go_to_the_lower_token(path: Any) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_200_000_draws_follow_the_distribution(path: Any) -> None:
+@pytest.mark.parametrize("min_p", [0.0, 0.11])
+def test_200_000_draws_follow_the_distribution(path: Any, min_p: float) -> None:
     generator = torch.Generator().manual_seed(5)
     row = torch.randn(30, generator=generator) * 1.5
     draws = 200_000
     uniforms = torch.rand(draws, generator=generator, dtype=torch.float64)
-    chosen = {"temperature": 0.8, "top_k": 20, "top_p": 0.95}
-    tokens, logprobs = path(row.expand(draws, 30), uniforms, **chosen)
+    chosen = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "min_p": min_p}
+    tokens, logprobs, truncated = path(row.expand(draws, 30), uniforms, **chosen)
     kept = reference.kept_tokens(row, **chosen)  # type: ignore[arg-type]
     assert 3 < kept.numel() < 20
-    assert set(tokens.unique().tolist()) <= set(kept.tolist())
-    expected = (row[kept].double() / 0.8).softmax(dim=0) * draws
+    assert set(tokens.unique().tolist()) == set(kept.tolist())
+    expected = (row[kept].double() / 0.8).softmax(dim=0)
     counts = torch.bincount(tokens, minlength=30)[kept]
-    assert stats.chisquare(counts.numpy(), expected.numpy()).pvalue > 1e-4
+    assert stats.chisquare(counts.numpy(), (expected * draws).numpy()).pvalue > 1e-4
     torch.testing.assert_close(logprobs, row.log_softmax(dim=0)[tokens])
+    by_token = torch.full((30,), math.nan)
+    by_token[kept] = expected.log().float()
+    torch.testing.assert_close(truncated, by_token[tokens])
+
+
+def test_draws_lie_in_the_top_p_set() -> None:
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(40, 5000, generator=generator) * 2
+    logits[::2] = logits[::2].bfloat16().float()  # many ties
+    for path in PATHS:
+        for top_p, min_p in [(0.9, 0.0), (0.5, 0.0), (0.99, 0.02), (1.0, 0.1)]:
+            chosen: dict[str, Any] = {"temperature": 0.9, "top_k": 0, "top_p": top_p, "min_p": min_p}
+            # The ends of each row's interval and its middle.
+            for uniform in (2.0**-53, 0.5, 1 - 2.0**-53):
+                tokens, _, _ = path(logits, torch.full((40,), uniform, dtype=torch.float64), **chosen)
+                for row, token in zip(logits, tokens.tolist(), strict=True):
+                    assert token in reference.kept_tokens(row, **chosen).tolist()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -132,10 +187,37 @@ def test_the_deep_tail_is_drawn(path: Any) -> None:
     row[0] = 0.0
     tail = 4096 * 2e-9
     inside = torch.linspace(0.0, 1.0, 402, dtype=torch.float64)[1:-1]
-    tokens, _ = path(row.expand(400, 4097), 1.0 - tail * inside, temperature=1.0, top_k=0, top_p=1.0)
+    tokens, *_ = path(row.expand(400, 4097), 1.0 - tail * inside, temperature=1.0, top_k=0, top_p=1.0)
     wanted = 4096 - (4096 * inside)
     assert tokens.min() >= 1
     assert (tokens - wanted).abs().max() < 2
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("top_k", [0, 900])  # the whole row by blocks; candidates only
+@pytest.mark.parametrize("heavy", [0, 897])
+def test_tokens_of_the_deep_tail_come_as_often_as_they_should(path: Any, top_k: int, heavy: int) -> None:
+    # Probabilities of 2^-26 to 2^-20 about one heavy token, probed by a fine comb of uniforms over the tail: each
+    # token must take its own share of the unit interval, to the spacing of the comb.
+    generator = torch.Generator().manual_seed(heavy)
+    row = torch.full((1200,), -math.inf)
+    row[::6] = -math.log(2.0) * (20 + 6 * torch.rand(200, generator=generator))
+    row[heavy] = 0.0
+    shares = row.double().softmax(dim=0)
+    counts = torch.zeros(1200, dtype=torch.float64)
+    before, after = float(shares[:heavy].sum()), float(shares[heavy + 1 :].sum())
+    spacing = 2.0**-29
+    for low, high in [(0.0, before), (1 - after, 1.0)]:
+        if high == low:
+            continue
+        comb = torch.arange(low + spacing / 2, high, spacing, dtype=torch.float64)
+        for uniforms in comb.split(2000):
+            rows = row.expand(len(uniforms), 1200)
+            tokens, *_ = path(rows, uniforms, temperature=1.0, top_k=top_k, top_p=1.0)
+            counts += torch.bincount(tokens, minlength=1200) * spacing
+    counts[heavy] = shares[heavy]
+    assert shares[::6].min() < 2.0**-25
+    assert (counts - shares).abs().max() < 1.5 * spacing
 
 
 @pytest.mark.skipif(not COMPILED, reason="the compiled library is not built")
@@ -164,6 +246,8 @@ def test_bad_arguments() -> None:
     good: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     with pytest.raises(TypeError, match="float64 uniforms"):
         sample_tokens(logits, uniforms.float(), **good)
+    with pytest.raises(TypeError, match="float32 or bfloat16 logits"):
+        sample_tokens(logits.half(), uniforms, **good)
     with pytest.raises(ValueError, match=r"uniforms \[S\]"):
         sample_tokens(logits, uniforms[:1], **good)
     for name, value in [
@@ -172,15 +256,25 @@ def test_bad_arguments() -> None:
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("min_p", math.nan),
     ]:
         with pytest.raises(ValueError, match=name):
             sample_tokens(logits, uniforms, **{**good, name: value})
 
 
 def test_opcheck() -> None:
-    for logits in (torch.randn(3, 50), torch.randn(3, 100)[:, ::2], torch.randn(0, 50)):
+    for logits in (
+        torch.randn(3, 50),
+        torch.randn(3, 50).bfloat16(),
+        torch.randn(3, 100)[:, ::2],
+        torch.randn(0, 50),
+    ):
         uniforms = torch.rand(logits.shape[0], dtype=torch.float64)
-        torch.library.opcheck(torch.ops.metareward.sample_tokens.default, (logits, uniforms, 0.8, 5, 0.9))
+        torch.library.opcheck(
+            torch.ops.metareward.sample_tokens.default, (logits, uniforms, 0.8, 5, 0.9, 0.1)
+        )
         if COMPILED:
-            compiled = (logits.contiguous(), uniforms, 0.8, 5, 0.9)
+            compiled = (logits.contiguous(), uniforms, 0.8, 5, 0.9, 0.1)
             torch.library.opcheck(torch.ops.metareward.sample_tokens_cpp.default, compiled)
