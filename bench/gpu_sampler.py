@@ -1,0 +1,300 @@
+"""Decode speed of the sampler at Llama-3-8B shapes on a GPU, and what share of the memory bandwidth it reaches.
+
+    python -m bench.gpu_sampler
+
+256 sequences around a context of 1,500 tokens, of which groups of 11 share 1,000; random bf16 weights made on the
+device, random prompts. Decoding is bound by memory: a step must read the weights once, each shared prefix once a
+group and each sequence's own tokens once. The limit is those bytes at a copy bandwidth measured in the same run.
+
+The engine runs as it is, through `generate`. The same requests are sampled twice, with few and with many new tokens;
+what the further tokens cost is decoding alone, because prefill, start and tail are the same in both.
+
+Not yet run on a GPU. `--device cpu --shapes small` runs all of it on a CPU, for its test only.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from bench.record import ROOT, check_writable, cpu_model, environment, write_json
+from metareward.cli import fail
+from metareward.config import Recipe
+from metareward.errors import UserError
+from metareward.model.config import ModelConfig
+from metareward.model.decoder import Decoder
+from metareward.sampler import Engine, Request, SamplingParams
+from metareward.stages.context import sampling_dtype
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model and what it decodes. `context` is the mean over the measured tokens, `shared` the part that each
+    `group` of sequences has in common; `copied_bytes` is what the bandwidth is measured with."""
+
+    model: ModelConfig
+    batch: int
+    context: int
+    shared: int
+    group: int
+    few: int
+    many: int
+    max_step_tokens: int
+    copied_bytes: int
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each prompt, such that the measured tokens lie around `context`."""
+        return self.context - (self.few + self.many) // 2
+
+    @property
+    def groups(self) -> int:
+        return -(-self.batch // self.group)
+
+    @property
+    def unique_prompt_tokens(self) -> int:
+        return self.groups * self.shared + self.batch * (self.prompt - self.shared)
+
+
+def llama(**sizes: int) -> ModelConfig:
+    return ModelConfig.from_hf({"architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0, **sizes})
+
+
+SHAPES = {
+    "llama3-8b": Shapes(
+        llama(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+        ),
+        batch=256,
+        context=1500,
+        shared=1000,
+        group=11,
+        few=32,
+        many=160,
+        max_step_tokens=16384,
+        copied_bytes=4 * 2**30,
+    ),
+    "small": Shapes(
+        llama(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        ),
+        batch=24,
+        context=128,
+        shared=40,
+        group=11,
+        few=8,
+        many=72,
+        max_step_tokens=1024,
+        copied_bytes=2**26,
+    ),
+}
+
+
+def benchmark(
+    *,
+    shapes: Literal["llama3-8b", "small"] = "llama3-8b",
+    device: Literal["cuda", "cpu"] = "cuda",
+    rounds: int = 3,
+    out: Path = ROOT / "bench" / "results",
+    seed: int = 0,
+) -> None:
+    """Measure decode tokens/s and write DEVICE-sampler.json.
+
+    Args:
+        shapes: The model and the batch.
+        device: Where to run.
+        rounds: How often few and many tokens are sampled; the median counts.
+        out: The folder for the file.
+        seed: Of weights, prompts and sampling.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "there is no CUDA device: run this on a GPU machine, or give --device cpu --shapes small"
+        )
+    if rounds < 1:
+        raise UserError(f"--rounds is {rounds}: set 1 or more")
+    path = out / f"{file_name(device, shapes)}.json"
+    check_writable(path)
+    chosen = SHAPES[shapes]
+    dtype = sampling_dtype("auto", torch.device(device))
+    decoder = random_decoder(chosen.model, dtype=dtype, device=device, seed=seed)
+    found = measure(decoder, chosen, rounds=rounds, seed=seed)
+    write_json(path, {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), **found, **environment()})
+    print(
+        f"{found['decode_tokens_per_s']:,.0f} decode tok/s, {found['share_of_limit']:.0%} of the limit of "
+        f"{found['limit_tokens_per_s']:,.0f} at {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s "
+        f"(limit without sharing {found['unshared_limit_tokens_per_s']:,.0f}); {found['implementation']}\nwrote {path}"
+    )
+
+
+def measure(decoder: Decoder, shapes: Shapes, *, rounds: int, seed: int) -> dict[str, Any]:
+    """Sample few and many tokens in turn, and hold the difference against the limit."""
+    # Prefill must end before the first sequence does, else few and many differ in more than full steps.
+    assert shapes.unique_prompt_tokens / shapes.max_step_tokens + 1 < shapes.few
+    requests = make_requests(shapes, seed)
+    engine = Engine(
+        decoder,
+        stop_ids=(),
+        seed=seed,
+        max_running=shapes.batch,
+        max_step_tokens=shapes.max_step_tokens,
+        # What all hold at the end, and a quarter more for partly filled pages and copies.
+        kv_tokens=5 * (shapes.unique_prompt_tokens + shapes.batch * shapes.many) // 4,
+    )
+    timed(engine, requests, shapes.few)
+    timings = []
+    for _ in range(rounds):
+        engine.stats.reset()
+        few = timed(engine, requests, shapes.few)
+        engine.stats.reset()
+        timings.append({"few": few, "many": timed(engine, requests, shapes.many)})
+    step_seconds = statistics.median(turn["many"] - turn["few"] for turn in timings) / (
+        shapes.many - shapes.few
+    )
+    if step_seconds <= 0:
+        raise RuntimeError(f"more tokens took no longer ({timings}): the machine is too uneven to measure")
+    bandwidth = copy_bandwidth(next(decoder.parameters()).device, shapes.copied_bytes)
+    limits = limit_tokens_per_s(shapes, step_bytes(decoder, shapes), bandwidth)
+    rate = shapes.batch / step_seconds
+    return {
+        "decode_tokens_per_s": rate,
+        "step_seconds": step_seconds,
+        **limits,
+        "share_of_limit": rate / limits["limit_tokens_per_s"],
+        "copy_bytes_per_s": bandwidth,
+        "step_bytes": step_bytes(decoder, shapes),
+        "implementation": engine.implementations(),
+        "rounds": timings,
+        "sizes": {name: value for name, value in asdict(shapes).items() if name != "model"},
+        "stats_of_last": asdict(engine.stats),
+    }
+
+
+def timed(engine: Engine, requests: Sequence[Request], new_tokens: int) -> float:
+    """Seconds to give every request so many tokens."""
+    settings = Recipe().judge
+    params = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=new_tokens)
+    start = perf_counter()
+    made = sum(len(completion.token_ids) for completion in engine.generate(requests, params))
+    seconds = perf_counter() - start
+    if made != len(requests) * new_tokens:
+        raise RuntimeError(f"the engine gave {made} tokens, not {len(requests) * new_tokens}")
+    return seconds
+
+
+def make_requests(shapes: Shapes, seed: int) -> list[Request]:
+    """Random prompts; those of a group begin alike."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(shapes.model.vocab_size, (count,), generator=generator).tolist())
+
+    prefixes = [draw(shapes.shared) for _ in range(shapes.groups)]
+    return [
+        Request(f"{index}", prefixes[index // shapes.group] + draw(shapes.prompt - shapes.shared))
+        for index in range(shapes.batch)
+    ]
+
+
+def random_decoder(
+    config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Decoder:
+    """A decoder of random weights, made in `dtype` on `device`: no fp32 copy is ever held."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in list(decoder.named_parameters()):
+        weight: Tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+        if parameter.dim() == 1:
+            weight.fill_(1.0)
+        else:
+            # Keeps activations at their size from layer to layer, and the logits far from infinite.
+            weight.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        module, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(module), leaf, nn.Parameter(weight))
+    return decoder
+
+
+def step_bytes(decoder: Decoder, shapes: Shapes) -> dict[str, int]:
+    """Bytes a decode step must read: weights, and keys and values with and without sharing."""
+    config = decoder.config
+    weights = sum(parameter.nbytes for parameter in decoder.parameters())
+    embedding = decoder.model.embed_tokens.weight
+    if not config.tie_word_embeddings:
+        # Only the batch's rows of it are read.
+        weights -= embedding.nbytes
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * embedding.element_size()
+    return {
+        "weights": weights,
+        "shared_kv": token
+        * (shapes.groups * shapes.shared + shapes.batch * (shapes.context - shapes.shared)),
+        "unshared_kv": token * shapes.batch * shapes.context,
+    }
+
+
+def limit_tokens_per_s(shapes: Shapes, sizes: dict[str, int], bandwidth: float) -> dict[str, float]:
+    """Decode tokens/s if a step took no longer than its bytes at `bandwidth` bytes/s."""
+    return {
+        "limit_tokens_per_s": shapes.batch * bandwidth / (sizes["weights"] + sizes["shared_kv"]),
+        "unshared_limit_tokens_per_s": shapes.batch * bandwidth / (sizes["weights"] + sizes["unshared_kv"]),
+    }
+
+
+def copy_bandwidth(device: torch.device, size: int, repeats: int = 10) -> float:
+    """Bytes/s of copying `size` bytes, each read and written once; the best of three."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best = float("inf")
+    for _ in range(3):
+        finish(device)
+        start = perf_counter()
+        for _ in range(repeats):
+            target.copy_(source)
+        finish(device)
+        best = min(best, (perf_counter() - start) / repeats)
+    return 2 * size / best
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was started on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def file_name(device: str, shapes: str) -> str:
+    """ "nvidia-h100-80gb-hbm3-sampler"; other shapes than the published ones are named too."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return f"{words}-sampler" if shapes == "llama3-8b" else f"{words}-{shapes}-sampler"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        tyro.cli(benchmark, prog="python -m bench.gpu_sampler", args=arguments)
+    except UserError as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()
