@@ -12,10 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from metareward_kernels import implementation, linear_logprob, paged_attention_decode, sample_tokens
+from metareward_kernels import (
+    add_rms_norm,
+    implementation,
+    linear_logprob,
+    paged_attention_decode,
+    rotate_and_store,
+    sample_tokens,
+    silu_mul,
+)
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM, PAGE = 9, 3, 64, 16
-HIDDEN, VOCABULARY = 576, 49152
+HIDDEN, INTERMEDIATE, VOCABULARY = 576, 1536, 49152
 
 
 @pytest.fixture(params=["cpp", "torch"])
@@ -87,3 +95,41 @@ def test_linear_logprob(run: Callable[..., None], shape: str, dtype: torch.dtype
 
     products = 4 if training else 1
     run("linear_logprob", step, {"GFLOP/s": products * 2 * tokens * HIDDEN * VOCABULARY / 1e9})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.0, 50, 1.0), (0.0, 0, 1.0)],
+    ids=["plain", "judge", "k50", "greedy"],
+)
+def test_sample_bf16(run: Callable[..., None], setting: tuple[float, int, float]) -> None:
+    temperature, top_k, top_p = setting
+    torch.manual_seed(0)
+    logits = (torch.randn(264, VOCABULARY) * 3).bfloat16()
+    uniforms = torch.rand(264, dtype=torch.float64)
+    run(
+        "sample_tokens",
+        lambda: sample_tokens(logits, uniforms, temperature=temperature, top_k=top_k, top_p=top_p),
+        {"rows/s": 264},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [1, 64, 264])
+@pytest.mark.parametrize("op", ["add_rms_norm", "rotate_and_store", "silu_mul"])
+def test_fused_rows(run: Callable[..., None], op: str, shape: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    width = (QUERY_HEADS + 2 * KV_HEADS) * HEAD_DIM
+    residual, delta = torch.randn(2, shape, HIDDEN).to(dtype)
+    qkv, gate_up = torch.randn(shape, width).to(dtype), torch.randn(shape, 2 * INTERMEDIATE).to(dtype)
+    cos, sin = torch.randn(2, shape, 1, HEAD_DIM).to(dtype)
+    keys, values = torch.zeros(2, 1024, PAGE, KV_HEADS, HEAD_DIM, dtype=dtype)
+    slots, weight = torch.randperm(1024 * PAGE)[:shape], torch.ones(HIDDEN, dtype=dtype)
+    delta *= 1e-6  # the residual is added to at every call
+    calls: dict[str, tuple[Callable[[], Any], int]] = {
+        "add_rms_norm": (lambda: add_rms_norm(residual, delta, weight, 1e-5), 4 * HIDDEN),
+        "rotate_and_store": (lambda: rotate_and_store(qkv, cos, sin, slots, keys, values), 2 * width),
+        "silu_mul": (lambda: silu_mul(gate_up), 3 * INTERMEDIATE),
+    }
+    call, elements = calls[op]
+    run(op, call, {"GB/s": shape * elements * weight.element_size() / 1e9})

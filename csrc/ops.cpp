@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def(
       "logit_gradient_rows_cpp_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor grad, float temperature) "
       "-> ()");
+  library.def("add_rms_norm_cpp_(Tensor(a!) residual, Tensor? delta, Tensor weight, float eps) -> Tensor");
+  library.def(
+      "rotate_and_store_cpp_(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) key_pages, "
+      "Tensor(b!) value_pages, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor");
+  library.def("silu_mul_cpp(Tensor gate_up) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
@@ -21,4 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("sample_tokens_cpp", TORCH_BOX(&metareward::sample_tokens));
   library.impl("logprob_rows_cpp", TORCH_BOX(&metareward::logprob_rows));
   library.impl("logit_gradient_rows_cpp_", TORCH_BOX(&metareward::logit_gradient_rows));
+  library.impl("add_rms_norm_cpp_", TORCH_BOX(&metareward::add_rms_norm));
+  library.impl("rotate_and_store_cpp_", TORCH_BOX(&metareward::rotate_and_store));
+  library.impl("silu_mul_cpp", TORCH_BOX(&metareward::silu_mul));
 }

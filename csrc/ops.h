@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace metareward {
@@ -39,5 +40,22 @@ std::tuple<Tensor, Tensor> logprob_rows(Tensor logits /* [C,V] */, Tensor target
 void logit_gradient_rows(
     Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, Tensor lse /* [C] */, Tensor grad /* [C] */,
     double temperature);
+
+// Adds delta to the residual in place; returns the residual's RMS norm [T,H].
+Tensor add_rms_norm(Tensor residual /* [T,H] */, std::optional<Tensor> delta /* [T,H] */, Tensor weight /* [H] */, double eps);
+
+// Returns the rotated queries [T,Hq,D]; writes the rotated keys and the values to their slots.
+Tensor rotate_and_store(
+    Tensor qkv,                         // [T,(Hq+2Hk)*D]
+    Tensor cos,                         // [T,1,D]
+    Tensor sin,                         // [T,1,D], its first half negated
+    Tensor slots,                       // [T] int64
+    Tensor key_pages,                   // [P,page,Hk,D]
+    Tensor value_pages,                 // [P,page,Hk,D]
+    std::optional<Tensor> query_norm,   // [D]
+    std::optional<Tensor> key_norm,     // [D]
+    double eps);
+
+Tensor silu_mul(Tensor gate_up /* [T,2I] */);
 
 }  // namespace metareward

@@ -1,4 +1,5 @@
-"""The kernels of metareward, importable without the trainer: linear log-probs, paged attention, sampling.
+"""The kernels of metareward, importable without the trainer: linear log-probs, paged attention, sampling,
+and the fused rows of inference.
 
 Every op has a plain PyTorch implementation and, where the compiled library is present, a C++ one for the CPU.
 `report()` says which implementation of each op runs in this process.
@@ -7,17 +8,21 @@ Every op has a plain PyTorch implementation and, where the compiled library is p
 from __future__ import annotations
 
 from metareward_kernels.dispatch import implementation, report
+from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
 from metareward_kernels.linear_logprob import linear_logprob
 from metareward_kernels.paged_attention import paged_attention_decode
 from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
 
 __all__ = [
+    "add_rms_norm",
     "implementation",
     "keyed_uniforms",
     "linear_logprob",
     "paged_attention_decode",
     "report",
     "request_key",
+    "rotate_and_store",
     "sample_tokens",
+    "silu_mul",
 ]

@@ -44,6 +44,31 @@ def _logit_gradient_rows(
     return None
 
 
+def _add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+
+
+def _rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    kv_heads, dim = key_pages.shape[2:]
+    return torch.empty(
+        (qkv.shape[0], qkv.shape[1] // dim - 2 * kv_heads, dim), dtype=qkv.dtype, device=qkv.device
+    )
+
+
+def _silu_mul(gate_up: Tensor) -> Tensor:
+    return torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+
+
 def register() -> None:
     """Attach the fake implementations to the ops of the loaded library."""
     torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
@@ -51,3 +76,6 @@ def register() -> None:
     torch.library.register_fake("metareward::sample_tokens_cpp", _sample_tokens)
     torch.library.register_fake("metareward::logprob_rows_cpp", _logprob_rows)
     torch.library.register_fake("metareward::logit_gradient_rows_cpp_", _logit_gradient_rows)
+    torch.library.register_fake("metareward::add_rms_norm_cpp_", _add_rms_norm)
+    torch.library.register_fake("metareward::rotate_and_store_cpp_", _rotate_and_store)
+    torch.library.register_fake("metareward::silu_mul_cpp", _silu_mul)

@@ -16,7 +16,15 @@ import torch
 
 logger = logging.getLogger("metareward_kernels")
 
-OPS = ("linear_logprob", "paged_attention_decode", "sample_tokens", "keyed_uniforms")
+OPS = (
+    "linear_logprob",
+    "paged_attention_decode",
+    "sample_tokens",
+    "keyed_uniforms",
+    "add_rms_norm",
+    "rotate_and_store",
+    "silu_mul",
+)
 ENVIRONMENT_VARIABLE = "METAREWARD_KERNELS"
 CHOICES = ("torch", "cpp")
 

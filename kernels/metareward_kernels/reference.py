@@ -84,6 +84,52 @@ def sample_tokens(
     return tokens, logprobs, truncated
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean of x squared over the last dimension + eps) * weight."""
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
+
+
+def add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """residual += delta in place; the RMS norm of what it then holds. [T,H], [T,H], [H] -> [T,H]."""
+    if delta is not None:
+        residual += delta
+    return rms_norm(residual, weight, eps)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Head by head: optional norm, rotary embedding of queries and keys; keys and values into their slots, token by
+    token. [T,(Hq+2Hk)*D] -> [T,Hq,D]. sin is signed: the first half of its channels is negated.
+    """
+    page, kv_heads, dim = key_pages.shape[1:]
+    heads = qkv.reshape(qkv.shape[0], qkv.shape[1] // dim, dim)
+    query, key, value = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    if q_norm_weight is not None:
+        query = rms_norm(query, q_norm_weight, eps)
+    if k_norm_weight is not None:
+        key = rms_norm(key, k_norm_weight, eps)
+    query, key = (x * cos + x.roll(dim // 2, dims=-1) * sin for x in (query, key))
+    for t, slot in enumerate(slots.tolist()):
+        key_pages[slot // page, slot % page] = key[t]
+        value_pages[slot // page, slot % page] = value[t]
+    return query
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, silu(x) = x / (1 + e^-x). [T,2I] -> [T,I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return gate / (1 + (-gate).exp()) * up
+
+
 def philox4x32_10(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
     """Philox4x32 with ten rounds (Salmon et al., SC 2011), in Python integers."""
     c0, c1, c2, c3 = counter
