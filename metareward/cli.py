@@ -270,7 +270,8 @@ def with_ranks(work: Callable[[], None]) -> None:
 
     ranks.start_ranks()
     try:
-        work()
+        with ranks.naming_lost_ranks():
+            work()
     finally:
         ranks.stop_ranks()
 

@@ -83,6 +83,8 @@ class RespondSettings:
     """(paper)"""
     top_k: CountOrOff = 0
     """0: off. (ours)"""
+    min_p: Fraction = 0.0
+    """Leave out tokens less probable than this share of the most probable one; 0: off. (ours)"""
     max_new_tokens: Count = 1024
     """A response that reaches it is unfinished and enters no pair. (ours: not published)"""
 
@@ -100,6 +102,8 @@ class JudgeSettings:
     """(paper)"""
     top_k: CountOrOff = 0
     """0: off. (ours)"""
+    min_p: Fraction = 0.0
+    """Leave out tokens less probable than this share of the most probable one; 0: off. (ours)"""
     max_new_tokens: Count = 512
     """(ours: not published)"""
     template: str = ""
@@ -117,6 +121,8 @@ class MetaJudgeSettings:
     """(ours: not published)"""
     top_k: CountOrOff = 0
     """0: off. (ours)"""
+    min_p: Fraction = 0.0
+    """Leave out tokens less probable than this share of the most probable one; 0: off. (ours)"""
     max_new_tokens: Count = 512
     """(ours: not published)"""
     template: str = ""
@@ -197,8 +203,11 @@ class SamplerSettings:
     """Sequences decoded together, a rank."""
     page_size: Annotated[int, Field(ge=1, le=256)] = 16
     """Tokens a page of the KV cache."""
-    max_prefill_tokens: Count = 8192
-    """Prompt tokens computed in one prefill step."""
+    max_step_tokens: Count = 2048
+    """Tokens computed in one step, of prompts and of running sequences together."""
+    kv_memory: Fraction = 0.0
+    """Share of the memory that is free once the weights are loaded that the KV cache may take; 0: 0.8 of a GPU's, 0.5 of
+    a CPU's (which its ranks divide)."""
 
 
 @dataclass(frozen=True)

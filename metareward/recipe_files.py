@@ -22,6 +22,8 @@ from metareward.config import EXECUTION_SETTINGS, Iteration, Recipe
 from metareward.errors import UserError
 
 STARTER = "starter:"
+RENAMED = {"sampler.max_prefill_tokens": "sampler.max_step_tokens"}
+"""Old names of settings, for a clear answer to old recipes."""
 
 
 def packaged_recipes() -> list[str]:
@@ -73,6 +75,10 @@ def recipe_from_tree(tree: dict[str, Any], origin: str) -> Recipe:
 def describe(error: Any) -> str:
     """One of pydantic's findings as a sentence."""
     location = ".".join(str(part) for part in error["loc"])
+    if location in RENAMED:
+        return (
+            f"{location} is now called {RENAMED[location]}: rename it, and look whether the value still fits"
+        )
     if error["type"] == "unexpected_keyword_argument":
         parent = ".".join(str(part) for part in error["loc"][:-1])
         key = str(error["loc"][-1])

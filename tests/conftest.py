@@ -75,7 +75,7 @@ checkpoint_steps = 2
 [sampler]
 dtype = "float32"
 max_running = 16
-max_prefill_tokens = 512
+max_step_tokens = 512
 [[iteration]]
 rho = 0.0
 max_chosen_characters = 2500

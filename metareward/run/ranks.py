@@ -1,13 +1,15 @@
 """The processes of a run: one, or as many as torchrun started.
 
 There is always a process group, also for one process, so that the trainer has one path. CPU ranks talk through gloo, GPU ranks
-through NCCL (with gloo beside it for small host-side objects). Has not run on a GPU yet.
+through NCCL (with gloo beside it for small host-side objects). The store through which the ranks found each other also holds
+the counters that they share. Has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,11 +17,18 @@ import torch
 import torch.distributed as dist
 
 from metareward.errors import UserError
+from metareward.run import peers
 
 T = TypeVar("T")
 
 # Ranks wait for each other at the end of a stage; a stage can be hours longer on one rank than on another.
 PATIENCE = timedelta(hours=12)
+
+# Of this process; the store outlives no process group.
+_store: dist.Store | None = None
+_peers: list[peers.Peer] = []
+_stop_watching: Callable[[], None] | None = None
+_counters = 0
 
 
 def start_ranks() -> None:
@@ -35,13 +44,26 @@ def start_ranks() -> None:
                 f"set --nproc-per-node to at most that"
             )
         torch.cuda.set_device(local)
+    global _store, _peers, _stop_watching, _counters
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        base, own, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+        base.set_timeout(PATIENCE)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
+        base, own, size = dist.HashStore(), 0, 1
+    _store, _counters = dist.PrefixStore("metareward", base), 0
+    peers.register(_store, own)
+    group_store = dist.PrefixStore("process group", base)
+    dist.init_process_group(backend, store=group_store, rank=own, world_size=size, timeout=PATIENCE)
+    _peers = peers.read_peers(_store, size)
+    if size > 1:
+        _stop_watching = peers.watch_for_end(_peers, own)
 
 
 def stop_ranks() -> None:
+    global _store, _peers, _stop_watching
+    if _stop_watching is not None:
+        _stop_watching()
+    _store, _peers, _stop_watching = None, [], None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -76,7 +98,8 @@ def gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with naming_lost_ranks():
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -92,7 +115,54 @@ def on_first(action: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        with naming_lost_ranks():
+            dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+class Counter:
+    """A whole number, 0 at first, that all ranks add to, each as it likes and without waiting for the others.
+
+    To make one is a collective: every rank makes its counters in the same order.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _counters
+        self.store: dist.Store = dist.HashStore() if _store is None else _store
+        # The number keeps apart two counters of one name; a new start of the run has a new store.
+        self.key = f"counter/{_counters}/{name}"
+        _counters += 1
+
+    def add(self, amount: int) -> int:
+        """Add, and return the sum after it; no two calls with an amount above 0, on any rank, return the same."""
+        with naming_lost_ranks():
+            return self.store.add(self.key, amount)
+
+
+def check_peers() -> None:
+    """Look whether the other ranks of this machine are there, where nothing else would tell.
+
+    Raises:
+        UserError: naming those that are not.
+    """
+    dead = peers.gone(_peers)
+    if dead:
+        raise UserError(peers.sentence(dead))
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Around anything that needs the other ranks: its failure becomes a UserError that names those which are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not is_connection_error(error):
+            raise
+        raise peers.lost_peer(_peers, error) from error
+
+
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether a collective or the store could not reach another rank; gloo has no exception of its own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

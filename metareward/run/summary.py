@@ -109,6 +109,7 @@ def iteration_figures(run: RunDirectory, number: int, events: list[Figures]) -> 
         **comparison_figures(files),
         **pair_figures(events, number, "judge_pairs"),
         **training_figures(events, number),
+        **logprob_figures(events, number),
     }
 
 
@@ -196,6 +197,19 @@ def training_figures(events: list[Figures], number: int) -> Figures:
     for name in ("loss", "accuracy", "margin"):
         figures[f"DPO {name}, first -> last step"] = f"{first[name]:.4f} -> {final[name]:.4f}"
     return figures
+
+
+def logprob_figures(events: list[Figures], number: int) -> Figures:
+    """Sampler against trainer on the same tokens, over the sampling stages of an iteration."""
+    found = [event for event in events if event["iteration"] == number and "logprob_difference_mean" in event]
+    if not found:
+        return {}
+    tokens = sum(event["logprob_difference_tokens"] for event in found)
+    mean = (
+        sum(event["logprob_difference_mean"] * event["logprob_difference_tokens"] for event in found) / tokens
+    )
+    largest = max(event["logprob_difference_max"] for event in found)
+    return {"sampler - trainer log-prob, nat": f"{mean:.2g} mean, {largest:.2g} max"}
 
 
 def iteration_table(columns: dict[int, Figures]) -> Table:

@@ -13,9 +13,9 @@ from metareward.preference.variance import most_varied
 from metareward.roles.meta_judge import meta_judge_messages, parse_winner
 from metareward.roles.templates import load_template
 from metareward.run.jsonl import Line, read_jsonl
-from metareward.sampler.request import Completion, SamplingParams
+from metareward.sampler.request import Completion
 from metareward.stages.context import Context
-from metareward.stages.sampling import Job, is_sampled, sample_stage
+from metareward.stages.sampling import Job, is_sampled, sample_stage, sampling_params
 
 Judgments = dict[str, dict[int, dict[int, Line]]]
 """prompt_id -> response_id -> judgment_id -> line"""
@@ -88,7 +88,7 @@ def compare(context: Context, iteration: int) -> None:
         iteration=iteration,
         policy=policy,
         jobs=jobs,
-        params=SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens),
+        params=sampling_params(settings),
         final=files.comparisons,
         body=comparison_line,
     )

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 
 from metareward.config import Recipe, SamplerSettings
+from metareward.errors import UserError
 from metareward.model.chat import Chat
+from metareward.model.config import ModelConfig
 from metareward.model.hf_files import load_decoder, read_config
 from metareward.model.locate import locate_model
 from metareward.run import ranks
 from metareward.run.directory import IterationFiles, RunDirectory
+from metareward.run.memory import free_memory
 from metareward.run.metrics import Metrics
 from metareward.sampler.engine import Engine
 
@@ -52,7 +55,7 @@ class Context:
         return read_config(policy).max_context
 
     def engine(self, policy: Path) -> Engine:
-        """The sampler of a model; kept while stages sample from the same weights."""
+        """The sampler of a model; kept while stages sample from the same weights. A collective."""
         if self._engine is None or self._engine[0] != policy:
             self.release()
             self._engine = (
@@ -70,23 +73,61 @@ class Context:
 
 
 def load_engine(policy: Path, chat: Chat, settings: SamplerSettings, seed: int) -> Engine:
-    """A sampler for the model in `policy`, on this rank's device, in the dtype that the settings say."""
+    """A sampler for the model in `policy`, on this rank's device, in the dtype that the settings say. A collective.
+
+    Raises:
+        UserError: too little memory is free for the cache.
+    """
     device = ranks.device()
     dtype = sampling_dtype(settings.dtype, device)
     decoder = load_decoder(policy, dtype=dtype, device=str(device))
+    # The ranks of a machine share its memory: measured only when all of them hold their weights.
+    ranks.barrier()
+    free = free_memory(device)
+    size = token_bytes(decoder.config, dtype)
+    tokens = kv_tokens(free, size, decoder.config.max_context, settings, device)
     if ranks.is_first():
-        logger.info("sampling from %s in %s on %s", policy, str(dtype).removeprefix("torch."), device)
+        logger.info(
+            "sampling from %s in %s on %s, key-value cache of %s tokens (%.3g GiB of %.3g GiB free a rank)",
+            policy,
+            str(dtype).removeprefix("torch."),
+            device,
+            f"{tokens:,}",
+            tokens * size / 2**30,
+            free / 2**30,
+        )
     return Engine(
         decoder,
         stop_ids=chat.stop_ids,
         seed=seed,
         max_running=settings.max_running,
         page_size=settings.page_size,
-        max_prefill_tokens=settings.max_prefill_tokens,
-        kv_tokens=kv_tokens(
-            decoder.config.num_layers, decoder.config.num_kv_heads * decoder.config.head_dim, dtype
-        ),
+        max_step_tokens=settings.max_step_tokens,
+        kv_tokens=tokens,
     )
+
+
+def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that one token takes in the key-value cache."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def kv_tokens(free: int, size: int, max_context: int, settings: SamplerSettings, device: torch.device) -> int:
+    """Tokens of the key-value cache: the share of `free` bytes that the settings allow, at `size` bytes a token, but no more than
+    `max_running` sequences can ever use.
+
+    Raises:
+        UserError: not even one page fits.
+    """
+    share = settings.kv_memory or (0.8 if device.type == "cuda" else 0.5)
+    pages = int(share * free) // (size * settings.page_size)
+    if pages < 1:
+        raise UserError(
+            f"a share of {share} of the {free / 2**20:.0f} MiB that are free on {device} holds not one page of the key-value "
+            f"cache: free some memory, raise sampler.kv_memory, or use fewer processes on this machine"
+        )
+    most = settings.max_running * -(-max_context // settings.page_size)
+    return min(pages, most) * settings.page_size
 
 
 def sampling_dtype(setting: str, device: torch.device) -> torch.dtype:
@@ -102,12 +143,3 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX); emulated bf16 is slower than float32."""
     cpu = torch.cpu
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-
-
-def kv_tokens(layers: int, width: int, dtype: torch.dtype) -> int | None:
-    """Size of the KV cache in tokens: most of what a GPU has free after the weights; None on a CPU, where it grows as needed."""
-    if not torch.cuda.is_available():
-        return None
-    free, _ = torch.cuda.mem_get_info()
-    # A fifth stays for activations and logits.
-    return int(0.8 * free) // (2 * layers * width * dtype.itemsize)

@@ -8,9 +8,9 @@ from pathlib import Path
 from metareward.roles.judge import judge_messages, parse_score
 from metareward.roles.templates import load_template
 from metareward.run.jsonl import Line, read_jsonl
-from metareward.sampler.request import Completion, SamplingParams
+from metareward.sampler.request import Completion
 from metareward.stages.context import Context
-from metareward.stages.sampling import Job, is_sampled, sample_stage
+from metareward.stages.sampling import Job, is_sampled, sample_stage, sampling_params
 
 
 def usable(responses: Iterable[Line]) -> list[Line]:
@@ -48,7 +48,7 @@ def judge(context: Context, iteration: int) -> None:
         iteration=iteration,
         policy=policy,
         jobs=jobs,
-        params=SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens),
+        params=sampling_params(settings),
         final=files.judgments,
         body=judgment_line,
     )

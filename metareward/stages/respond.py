@@ -11,9 +11,9 @@ from metareward.roles.actor import actor_messages
 from metareward.run import ranks
 from metareward.run.inputs import draw_prompts, read_prompts
 from metareward.run.jsonl import Line, read_jsonl, write_jsonl
-from metareward.sampler.request import Completion, SamplingParams
+from metareward.sampler.request import Completion
 from metareward.stages.context import Context
-from metareward.stages.sampling import Job, is_sampled, sample_stage
+from metareward.stages.sampling import Job, is_sampled, sample_stage, sampling_params
 
 
 def choose_prompts(context: Context, iteration: int) -> None:
@@ -58,7 +58,7 @@ def respond(context: Context, iteration: int) -> None:
         iteration=iteration,
         policy=policy,
         jobs=jobs,
-        params=SamplingParams(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens),
+        params=sampling_params(settings),
         final=files.responses,
         body=response_line,
         finish=mark_duplicates,

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from metareward_kernels import dispatch
 
+from metareward.config import JudgeSettings, MetaJudgeSettings, RespondSettings
 from metareward.run import ranks
 from metareward.run.jsonl import Line, PartFile, part_files, read_parts, write_jsonl
 from metareward.run.progress import progress_bar
 from metareward.sampler.request import Completion, EngineStats, Request, SamplingParams
+from metareward.stages.claims import Draws, Job, claim_size, cut_claims, first_draw
 from metareward.stages.context import Context
+from metareward.stages.logprob_difference import FirstFew, logprob_difference
+
+__all__ = ["Job", "identity", "is_sampled", "sample_stage", "sampling_params"]
 
 
-@dataclass(frozen=True)
-class Job:
-    """One completion wanted: the fields that identify its line, and the prompt's token ids."""
+@dataclass
+class Sampled:
+    """What one rank did in one stage; the difference is rank 0's alone."""
 
-    head: dict[str, Any]
-    prompt: tuple[int, ...]
+    stats: EngineStats = field(default_factory=EngineStats)
+    difference: dict[str, float] = field(default_factory=dict)
+
+
+def sampling_params(settings: RespondSettings | JudgeSettings | MetaJudgeSettings) -> SamplingParams:
+    """How a stage's tokens are drawn."""
+    return SamplingParams(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        max_new_tokens=settings.max_new_tokens,
+    )
 
 
 def identity(iteration: int, stage: str, head: dict[str, Any]) -> str:
@@ -68,10 +83,9 @@ def sample_stage(
     # Every rank must have read the parts before any rank appends to them.
     ranks.barrier()
     todo = [job for job in jobs if identity(iteration, stage, job.head) not in done]
-    stats = EngineStats()
+    sampled = Sampled()
     if todo:
-        mine = share(todo)
-        stats = sample(context, stage, iteration, policy, mine, params, final, body, len(todo), len(jobs))
+        sampled = sample(context, stage, iteration, policy, todo, params, final, body, len(jobs))
     ranks.barrier()
 
     def merge() -> None:
@@ -84,7 +98,7 @@ def sample_stage(
             path.unlink()
 
     ranks.on_first(merge)
-    totals = add_stats(ranks.gather(stats))
+    totals = add_stats(ranks.gather(sampled.stats))
     seconds = time.perf_counter() - began
     context.metrics.event(
         "stage",
@@ -94,7 +108,12 @@ def sample_stage(
         requests=totals.requests,
         prompt_tokens=totals.prompt_tokens,
         prefill_tokens=totals.prefill_tokens,
+        reused_tokens=totals.reused_tokens,
         new_tokens=totals.new_tokens,
+        steps=totals.steps,
+        preemptions=totals.preemptions,
+        peak_pages=totals.peak_pages,
+        unshared_pages=totals.unshared_pages,
         tokens_per_s=totals.new_tokens / seconds,
         prefill_seconds=totals.prefill_seconds,
         decode_seconds=totals.decode_seconds,
@@ -103,6 +122,7 @@ def sample_stage(
         ranks=ranks.world_size(),
         earlier_requests=len(jobs) - len(todo),
         implementations=dispatch.report(),
+        **sampled.difference,
     )
 
 
@@ -111,41 +131,63 @@ def sample(
     stage: str,
     iteration: int,
     policy: Path,
-    jobs: Sequence[Job],
+    todo: Sequence[Job],
     params: SamplingParams,
     final: Path,
     body: Callable[[Job, str, Completion], Line],
-    todo: int,
     total: int,
-) -> EngineStats:
-    """This rank's jobs through its engine, every finished one appended to its part file at once."""
+) -> Sampled:
+    """This rank's part of `todo`, drawn as its engine has room; every finished request is appended to its part file at once.
+
+    On rank 0 it returns when all ranks have finished, so that the bar shows all of them.
+    """
     engine, chat = context.engine(policy), context.chat(policy)
-    by_identity = {identity(iteration, stage, job.head): job for job in jobs}
-    requests = (Request(name, job.prompt) for name, job in by_identity.items())
+    draws = Draws(cut_claims(todo, claim_size(len(todo), ranks.world_size())), f"{iteration}/{stage}")
+    finished = ranks.Counter(f"{iteration}/{stage}/finished")
+    most = first_draw(len(todo), ranks.world_size(), context.recipe.sampler.max_running)
+    first_few = FirstFew()
+    jobs: dict[str, Job] = {}
+
+    def request(job: Job) -> Request:
+        name = identity(iteration, stage, job.head)
+        jobs[name] = job
+        return Request(name, job.prompt)
+
     engine.stats.reset()
     part = PartFile(final, ranks.rank())
-    label = f"iteration {iteration}: {stage}"
-    shown = ranks.is_first()
+    label, shown = f"iteration {iteration}: {stage}", ranks.is_first()
+    # Loading takes the ranks different times; who came first would draw more than its part.
+    ranks.barrier()
     try:
-        # The bar counts rank 0's share scaled to all ranks: the others are about as far.
-        with progress_bar(label, total, "requests", done=total - todo, shown=shown) as bar:
-            for finished, completion in enumerate(engine.generate(requests, params), 1):
-                job = by_identity[completion.identity]
-                part.append({**job.head, **body(job, chat.decode(completion.token_ids), completion)})
-                rate = engine.stats.new_tokens / max(engine.stats.seconds, 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} tok/s a rank", refresh=False)
-                bar.update(round(todo * finished / len(jobs)) - round(todo * (finished - 1) / len(jobs)))
+        with progress_bar(label, total, "requests", done=total - len(todo), shown=shown) as bar:
+
+            def show(done: int) -> None:
+                bar.set_postfix_str(rates(engine.stats), refresh=False)
+                bar.update(total - len(todo) + done - bar.n)
+
+            while draws.left:
+                for completion in engine.generate(map(request, draws.jobs(most)), params):
+                    job = jobs.pop(completion.identity)
+                    part.append({**job.head, **body(job, chat.decode(completion.token_ids), completion)})
+                    if shown:
+                        first_few.offer(job.prompt, completion)
+                    show(finished.add(1))
+            difference = logprob_difference(engine.decoder, first_few.kept)
+            # Without a bar to move, the barrier that follows is the better place to wait.
+            while shown and (done := finished.add(0)) < len(todo):
+                ranks.check_peers()
+                show(done)
+                time.sleep(0.1)
+            show(len(todo))
     finally:
         part.close()
-    return engine.stats
+    return Sampled(engine.stats, difference)
 
 
-def share(jobs: Sequence[Job]) -> list[Job]:
-    """This rank's jobs: groups with equal prompts go to the ranks in turn, so that a prompt is prefilled on one rank only."""
-    groups: Iterator[Iterable[Job]] = (list(group) for _, group in groupby(jobs, key=lambda job: job.prompt))
-    return [
-        job for turn, group in enumerate(groups) if turn % ranks.world_size() == ranks.rank() for job in group
-    ]
+def rates(stats: EngineStats) -> str:
+    """What the bar tells beside requests and time left, of this rank since the stage began."""
+    reused = stats.reused_tokens / max(stats.prompt_tokens, 1)
+    return f"{reused:.0%} of prompts reused, {stats.new_tokens / max(stats.seconds, 1e-9):.0f} tok/s a rank"
 
 
 def add_stats(all_ranks: Iterable[EngineStats]) -> EngineStats:

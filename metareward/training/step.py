@@ -32,9 +32,13 @@ class StepResult:
 
 def completion_logprobs(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
     """[completions] float64: the log-prob of every completion of the micro-batch, given its prompt."""
+    return batch.sum_completions(target_logprobs(decoder, batch))
+
+
+def target_logprobs(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
+    """[R] float32: the log-prob of every completion token of the micro-batch, in the order of `batch.targets`."""
     attend = tree_attention(batch.segments)
-    logprobs = decoder(batch.token_ids, batch.positions, attend, rows=batch.rows, targets=batch.targets)
-    return batch.sum_completions(logprobs)
+    return decoder(batch.token_ids, batch.positions, attend, rows=batch.rows, targets=batch.targets)
 
 
 def train_step(

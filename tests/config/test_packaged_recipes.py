@@ -86,6 +86,7 @@ def test_every_value_is_marked_as_the_paper_s_or_ours(name: str) -> None:
         "judge.template",
         "logging.tensorboard",
     }
+    skipped |= {"respond.min_p", "judge.min_p", "meta_judge.min_p"}
     skipped |= {"logging.wandb_project", "meta_judge.top_k", "meta_judge.template"}
     given = set(dict(flatten(tomllib.loads(text))))
     missing = {key for key in all_keys() if key not in given} - skipped

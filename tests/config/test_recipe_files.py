@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from metareward.config import Iteration, ModelSettings, Recipe, TrainSettings
 from metareward.errors import UserError
 from metareward.recipe_files import (
+    RENAMED,
     all_keys,
     check,
     differences,
@@ -59,6 +60,18 @@ def test_an_unknown_key_names_the_nearest_known_one(toml: str, said: str) -> Non
     assert refusal(toml) == said
 
 
+def test_a_renamed_key_names_the_new_one() -> None:
+    assert refusal("[sampler]\nmax_prefill_tokens = 8192") == (
+        "sampler.max_prefill_tokens is now called sampler.max_step_tokens: rename it, and look whether the value still fits"
+    )
+
+
+def test_every_renamed_key_is_gone_and_its_new_name_is_there() -> None:
+    for old, new in RENAMED.items():
+        assert old not in all_keys()
+        assert new in all_keys()
+
+
 @pytest.mark.parametrize(
     ("toml", "setting"),
     [
@@ -69,6 +82,9 @@ def test_an_unknown_key_names_the_nearest_known_one(toml: str, said: str) -> Non
         ("[respond]\ntop_p = 1.01", "respond.top_p = 1.01"),
         ("[respond]\ntemperature = -0.1", "respond.temperature = -0.1"),
         ("[respond]\ntemperature = inf", "respond.temperature = "),
+        ("[judge]\nmin_p = 1.5", "judge.min_p = 1.5"),
+        ("[sampler]\nkv_memory = -0.1", "sampler.kv_memory = -0.1"),
+        ("[sampler]\nmax_step_tokens = 0", "sampler.max_step_tokens = 0"),
         ("[judge]\ntemperature = nan", "judge.temperature = "),
         ("[train]\nloss = 'kto'", "train.loss = 'kto'"),
         ("[train]\nbeta = 0", "train.beta = 0"),

@@ -83,6 +83,15 @@ def run(tmp_path: Path) -> RunDirectory:
     metrics.event(
         "stage", "judge", 1, seconds=3.0, requests=2, new_tokens=50, prompt_tokens=20, prefill_tokens=5
     )
+    for stage, mean, largest, tokens in (("respond", 0.001, 0.5, 300), ("compare", 0.005, 0.25, 100)):
+        metrics.event(
+            "difference",
+            stage,
+            1,
+            logprob_difference_mean=mean,
+            logprob_difference_max=largest,
+            logprob_difference_tokens=tokens,
+        )
     metrics.event("stage", "train", 1, seconds=1.0, requests=1, tokens=9)
     metrics.event("pairs", "actor_pairs", 1, kept=9, dropped={})
     metrics.event("pairs", "actor_pairs", 1, kept=1, dropped={"equal_scores": 1, "chosen_too_long": 2})
@@ -119,6 +128,8 @@ def test_figures_of_an_iteration(run: RunDirectory) -> None:
         "DPO loss, first -> last step": "0.6931 -> 0.5000",
         "DPO accuracy, first -> last step": "0.5000 -> 1.0000",
         "DPO margin, first -> last step": "0.1000 -> 0.2000",
+        # Weighted with the tokens.
+        "sampler - trainer log-prob, nat": "0.002 mean, 0.5 max",
     }
     assert figures == expected
 
