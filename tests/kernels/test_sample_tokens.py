@@ -114,6 +114,7 @@ def test_bf16_draws_what_the_same_values_in_fp32_draw(chosen: dict[str, Any], vo
 
 @pytest.mark.parametrize("chosen", SETTINGS)
 def test_rows_without_a_distribution(chosen: dict[str, Any]) -> None:
+    torch.manual_seed(0)
     logits = torch.randn(5, 100)
     logits[0, 99] = math.nan
     logits[1] = -math.inf
@@ -127,7 +128,8 @@ def test_rows_without_a_distribution(chosen: dict[str, Any]) -> None:
         assert logprobs[:4].isnan().all()
         assert truncated[:4].isnan().all()
         assert tokens[4] >= 0
-        assert logprobs[4] <= truncated[4] + 1e-6 or chosen["temperature"] > 1.0
+        if chosen["temperature"] in (0.0, 1.0):  # elsewhere the temperature may make a rare token rarer
+            assert logprobs[4] <= truncated[4] + 1e-6
         assert max(logprobs[4], truncated[4]) <= 0
 
 

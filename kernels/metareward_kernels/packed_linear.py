@@ -1,0 +1,86 @@
+"""A bf16 linear layer for CPU inference whose weight is laid out once for oneDNN, not again at every call.
+
+F.linear hands oneDNN a plain row-major weight; told in advance, oneDNN keeps it in blocks of its matrix product. The
+product is the same. torch reaches that layout only through operators with a leading underscore (its own compiler's),
+so a weight is packed only where they exist and pass a trial; elsewhere this is F.linear, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metareward_kernels.dispatch import ENVIRONMENT_VARIABLE
+
+
+def _pack(weight: Tensor) -> Tensor:
+    # Without a number of rows oneDNN picks a layout that serves all; measured, it is as fast as one made for a batch.
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def why_not_packed(weight: Tensor) -> str | None:
+    """What keeps a weight [N,K] from being packed here (a phrase), or None."""
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "torch":
+        return f"{ENVIRONMENT_VARIABLE}=torch"
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return f"only bfloat16 on the CPU is packed, not {weight.dtype} on {weight.device.type}"
+    if weight.numel() == 0:
+        return "the weight is empty"
+    try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 arithmetic on this CPU"
+        trial = _packed_linear(weight.new_ones(1, 16), _pack(weight.new_ones(16, 16)), None)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch {torch.__version__} has no packed linear operator: {error}"
+    return None if bool((trial == 16.0).all()) else "a trial of the packed linear operator gave wrong numbers"
+
+
+class PackedLinear:
+    """x [..., K] -> x @ weight.T + bias [..., N]; made by `pack_linear`. Not differentiable.
+
+    A copy of the weight of that moment: pack again after a change. implementation: "packed", or "torch" for F.linear;
+    reason: why it is not packed, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.reason = why_not_packed(weight)
+        self.implementation = "packed" if self.reason is None else "torch"
+        self._shape = tuple(weight.shape)
+        self._weight = _pack(weight.detach()) if self.reason is None else weight.detach()
+        self._bias = None if bias is None else bias.detach()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raises ValueError for an x that does not fit the weight, TypeError for another dtype."""
+        if x.shape[-1] != self._shape[1]:
+            raise ValueError(f"x {list(x.shape)} does not fit a weight {list(self._shape)}")
+        if x.dtype != self._weight.dtype:
+            raise TypeError(f"x is {x.dtype}, the weight {self._weight.dtype}")
+        if self.reason is not None:
+            return F.linear(x, self._weight, self._bias)
+        if x.numel() == 0:  # oneDNN has no products of nothing
+            return x.new_empty(*x.shape[:-1], self._shape[0])
+        return _packed_linear(x, self._weight, self._bias)
+
+    def __repr__(self) -> str:
+        return f"PackedLinear({list(self._shape)}, {self.implementation})"
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Pack weight [N,K] (and bias [N]) for inference where that is possible; see `PackedLinear`.
+
+    Costs a copy of the weight. Raises ValueError for other shapes, TypeError for a bias of another dtype.
+    """
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"need weight [N,K] and bias [N], got {list(weight.shape)} and {None if bias is None else list(bias.shape)}"
+        )
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"weight and bias differ in dtype: {weight.dtype} and {bias.dtype}")
+    return PackedLinear(weight, bias)

@@ -1,0 +1,79 @@
+"""pack_linear: the product of F.linear, for every number of rows, from one pack."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from metareward_kernels import pack_linear
+from metareward_kernels.packed_linear import why_not_packed
+from torch import Tensor
+
+PACKED = why_not_packed(torch.ones(1, 1, dtype=torch.bfloat16)) is None
+ROWS = [1, 2, 3, 5, 16, 17, 31, 64, 100, 264, 448, 511, 600]
+
+
+def assert_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Within one rounding to bf16 of the fp64 product, and fp32's error in summing its terms."""
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    terms = x.double().abs() @ weight.double().abs().T
+    assert found.shape == exact.shape
+    assert found.dtype == x.dtype
+    assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6 * terms + 1e-6).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (1, 7), (33, 576), (576, 1536)])
+def test_one_pack_serves_every_number_of_rows(outputs: int, inputs: int, bias: bool) -> None:
+    torch.manual_seed(outputs)
+    weight = (torch.randn(outputs, inputs) * inputs**-0.5).bfloat16()
+    added = torch.randn(outputs).bfloat16() if bias else None
+    linear = pack_linear(weight, added)
+    assert linear.implementation == ("packed" if PACKED else "torch")
+    for rows in ROWS:
+        x = torch.randn(rows, inputs).bfloat16()
+        assert_product(linear(x), x, weight, added)
+
+
+def test_inputs_of_other_shapes_and_strides() -> None:
+    weight = torch.randn(24, 32).bfloat16()
+    linear = pack_linear(weight.t().contiguous().t())
+    x = torch.randn(6, 64).bfloat16()
+    for view in (x[:, ::2], x[:, 16:48], x[::2, :32], x[0, :32], x.view(2, 3, 64)[..., :32], x[:0, :32]):
+        assert_product(linear(view), view, weight, None)
+
+
+def test_a_nan_stays_in_its_row_and_the_pack_is_a_copy() -> None:
+    weight = torch.randn(40, 32).bfloat16()
+    linear, x = pack_linear(weight), torch.randn(9, 32).bfloat16()
+    x[4, 3] = float("nan")
+    found = linear(x)
+    assert found[4].isnan().all()
+    assert not found[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
+    if PACKED:
+        weight.zero_()
+        assert torch.equal(linear(x).nan_to_num(), found.nan_to_num())
+
+
+def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(8, 16), torch.randn(3, 16)
+    linear = pack_linear(weight)
+    assert linear.implementation == "torch"
+    assert "bfloat16" in str(linear.reason)
+    assert torch.equal(linear(x), F.linear(x, weight))
+    monkeypatch.setenv("METAREWARD_KERNELS", "torch")
+    forced = pack_linear(weight.bfloat16())
+    assert forced.reason == "METAREWARD_KERNELS=torch"
+    assert torch.equal(forced(x.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
+
+
+def test_bad_arguments() -> None:
+    weight = torch.ones(8, 16).bfloat16()
+    with pytest.raises(ValueError, match=r"bias \[N\]"):
+        pack_linear(weight, torch.ones(7).bfloat16())
+    with pytest.raises(TypeError, match="dtype"):
+        pack_linear(weight, torch.ones(8))
+    with pytest.raises(ValueError, match="does not fit"):
+        pack_linear(weight)(torch.ones(2, 8).bfloat16())
+    with pytest.raises(TypeError, match="float32"):
+        pack_linear(weight)(torch.ones(2, 16))
