@@ -13,7 +13,15 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from metareward_kernels import Segments, add_rms_norm, paged_attention, rotate_and_store, silu_mul
+from metareward_kernels import (
+    PackedLinear,
+    Segments,
+    add_rms_norm,
+    pack_linear,
+    paged_attention,
+    rotate_and_store,
+    silu_mul,
+)
 from torch import Tensor, nn
 
 from metareward.model.decoder import Block, Decoder
@@ -21,25 +29,21 @@ from metareward.model.rope import cos_sin, inverse_frequencies
 
 
 @dataclass(frozen=True)
-class Linear:
-    """x [T, inputs] -> x @ weight.T + bias [T, outputs]."""
+class Weights:
+    """Weight [outputs, inputs] and bias [outputs] of one projection."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
 
 @dataclass(frozen=True)
 class Layer:
-    """One block's operations."""
+    """One block's projections."""
 
-    block: Block
-    qkv: Linear
-    out: Linear
-    gate_up: Linear
-    down: Linear
+    qkv: PackedLinear
+    out: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
 
 
 def stack(parameters: Sequence[Tensor]) -> Tensor:
@@ -52,20 +56,28 @@ def stack(parameters: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def stacked(layers: Sequence[nn.Linear]) -> Linear:
+def stacked(*layers: nn.Linear) -> Weights:
     """Several projections of one input as one. The layers' parameters become views of its weights."""
     bias = None if layers[0].bias is None else stack([layer.bias for layer in layers])
-    return Linear(stack([layer.weight for layer in layers]), bias)
+    return Weights(stack([layer.weight for layer in layers]), bias)
 
 
-def single(layer: nn.Linear) -> Linear:
-    return Linear(layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+def block_weights(block: Block) -> tuple[Weights, Weights, Weights, Weights]:
+    """The four products of a block: (query, key, value), output, (gate, up), down."""
+    attention, mlp = block.self_attn, block.mlp
+    return (
+        stacked(attention.q_proj, attention.k_proj, attention.v_proj),
+        Weights(attention.o_proj.weight, attention.o_proj.bias),
+        stacked(mlp.gate_proj, mlp.up_proj),
+        Weights(mlp.down_proj.weight, mlp.down_proj.bias),
+    )
 
 
 class InferenceDecoder:
     """A decoder's weights as sampling uses them; not for sharded weights.
 
-    ``decoder`` goes on working: its parameters share memory with what is here. Call ``prepare`` before the first
+    ``decoder`` goes on working: its parameters share memory with what is here, except that on a CPU with bf16
+    arithmetic a second copy of the weights is laid out for its matrix products. Call ``prepare`` before the first
     forward and whenever the weights may have changed.
     """
 
@@ -73,8 +85,10 @@ class InferenceDecoder:
         self.decoder = decoder
         self.config = decoder.config
         self.layers: list[Layer] = []
+        self._weights: list[tuple[Weights, Weights, Weights, Weights]] = []
         self._frequencies = inverse_frequencies(decoder.config)
         self._places: tuple[int, ...] = ()
+        self._key: object = None
 
     def prepare(self) -> object:
         """Follow the weights as they are now; returns a key that is equal as long as they are not changed.
@@ -83,12 +97,23 @@ class InferenceDecoder:
         """
         parameters = list(self.decoder.parameters())
         if self._places != tuple(parameter.data_ptr() for parameter in parameters):
-            self.layers = [self._layer(cast(Block, block)) for block in self.decoder.blocks]
+            self._weights = [block_weights(cast(Block, block)) for block in self.decoder.blocks]
             self._places = tuple(parameter.data_ptr() for parameter in parameters)
             self._frequencies = self._frequencies.to(parameters[0].device)
-        if any(parameter.is_inference() for parameter in parameters):
-            return object()  # they count no versions
-        return self._places, sum(parameter._version for parameter in parameters)
+        key: object = object()  # inference tensors count no versions
+        if not any(parameter.is_inference() for parameter in parameters):
+            key = (self._places, sum(parameter._version for parameter in parameters))
+        if key != self._key:
+            self.layers = [
+                Layer(*(pack_linear(part.weight.detach(), part.bias) for part in weights))
+                for weights in self._weights
+            ]
+            self._key = key
+        return key
+
+    def forget(self) -> None:
+        """Lay the weights out anew at the next ``prepare``: they were changed in a way that their counters do not show."""
+        self._key = None
 
     def forward(
         self,
@@ -111,8 +136,8 @@ class InferenceDecoder:
         cos, sin = cos_sin(positions, self._frequencies, residual.dtype)
         scale, eps = config.head_dim**-0.5, config.rms_norm_eps
         delta: Tensor | None = None
-        for index, layer in enumerate(self.layers):
-            block, keys, values = layer.block, key_pages[index], value_pages[index]
+        for index, (layer, module) in enumerate(zip(self.layers, self.decoder.blocks, strict=True)):
+            block, keys, values = cast(Block, module), key_pages[index], value_pages[index]
             attention = block.self_attn
             x = add_rms_norm(residual, delta, block.input_layernorm.weight, eps)
             norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
@@ -123,13 +148,3 @@ class InferenceDecoder:
         assert delta is not None
         last = add_rms_norm(residual[rows], delta[rows], trunk.norm.weight, eps)
         return F.linear(last, self.decoder.head_weight)
-
-    def _layer(self, block: Block) -> Layer:
-        attention, mlp = block.self_attn, block.mlp
-        return Layer(
-            block,
-            qkv=stacked([attention.q_proj, attention.k_proj, attention.v_proj]),
-            out=single(attention.o_proj),
-            gate_up=stacked([mlp.gate_proj, mlp.up_proj]),
-            down=single(mlp.down_proj),
-        )

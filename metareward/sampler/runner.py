@@ -57,10 +57,11 @@ class Runner:
     def forget(self) -> None:
         """Make the next key differ from all before."""
         self._forgotten += 1
+        self.model.forget()
 
     def implementations(self) -> dict[str, str]:
         """What else the report of the engine says of its operations."""
-        return {}
+        return {"linear": self.model.layers[0].qkv.implementation} if self.model.layers else {}
 
     def grow(self, pages: int, *, keep: bool) -> None:
         """Raise the number of pages; ``keep`` says whether the present ones hold anything still wanted."""
