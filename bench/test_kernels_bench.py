@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from metareward_kernels import (
+    Segments,
     add_rms_norm,
     implementation,
     linear_logprob,
-    paged_attention_decode,
+    paged_attention,
     rotate_and_store,
     sample_tokens,
     silu_mul,
@@ -47,21 +48,47 @@ def run(
     return measure
 
 
+Segment = tuple[int, range, list[int] | None]  # length, rows, limits if not the length
+
+
+def attention_case(shape: str) -> tuple[int, list[Segment]]:
+    """Query rows and segments of a decode step of the judge (264 rows, 480 tokens each) or of a prefill chunk."""
+    if shape == "prefill":
+        return 512, [(400, range(512), None), (512, range(512), list(range(1, 513)))]
+    own: list[Segment] = [(64 if shape == "judge" else 480, range(r, r + 1), None) for r in range(264)]
+    if shape == "unshared":
+        return 264, own
+    rubrics: list[Segment] = [(320, range(r, r + 88), None) for r in range(0, 264, 88)]
+    return 264, [*rubrics, *((96, range(r, r + 11), None) for r in range(0, 264, 11)), *own]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("shape", [(64, 300, 800), (264, 300, 1500)], ids=["64x300-800", "264x300-1500"])
-def test_paged_attention(run: Callable[..., None], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    sequences, low, high = shape
+@pytest.mark.parametrize("shape", ["judge", "unshared", "prefill"])
+def test_paged_attention(run: Callable[..., None], shape: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    lengths = torch.randint(low, high + 1, (sequences,), dtype=torch.int32)
-    width = -(-high // PAGE)
-    keys, values = torch.randn(2, sequences * width, PAGE, KV_HEADS, HEAD_DIM).to(dtype)
-    table = torch.randperm(sequences * width).view(sequences, width).int()
-    query = torch.randn(sequences, QUERY_HEADS, HEAD_DIM).to(dtype)
+    query_rows, case = attention_case(shape)
+    lengths = torch.tensor([length for length, _, _ in case], dtype=torch.int32)
+    counts = (lengths + PAGE - 1) // PAGE
+    readers = torch.tensor([len(rows) for _, rows, _ in case])
+    segments = Segments(
+        page_ids=torch.randperm(int(counts.sum())).int(),
+        page_starts=(counts.cumsum(0) - counts).int(),
+        lengths=lengths,
+        rows=torch.tensor([row for _, rows, _ in case for row in rows], dtype=torch.int32),
+        row_starts=torch.cat([torch.zeros(1), readers.cumsum(0)]).int(),
+        limits=torch.tensor(
+            [limit for length, rows, limits in case for limit in limits or [length] * len(rows)],
+            dtype=torch.int32,
+        ),
+    )
+    keys, values = torch.randn(2, int(counts.sum()), PAGE, KV_HEADS, HEAD_DIM).to(dtype)
+    query = torch.randn(query_rows, QUERY_HEADS, HEAD_DIM).to(dtype)
     gigabytes = 2 * int(lengths.sum()) * KV_HEADS * HEAD_DIM * keys.element_size() / 1e9
+    gigaflop = 4 * int(segments.limits.sum()) * QUERY_HEADS * HEAD_DIM / 1e9
     run(
-        "paged_attention_decode",
-        lambda: paged_attention_decode(query, keys, values, table, lengths, HEAD_DIM**-0.5),
-        {"GB/s": gigabytes},
+        "paged_attention",
+        lambda: paged_attention(query, keys, values, segments, HEAD_DIM**-0.5),
+        {"GB/s": gigabytes, "GFLOP/s": gigaflop},
     )
 
 

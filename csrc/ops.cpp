@@ -4,8 +4,8 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def("keyed_uniforms_cpp(Tensor keys, Tensor positions) -> Tensor");
   library.def(
-      "paged_attention_decode_cpp(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_table, "
-      "Tensor lengths, float scale) -> Tensor");
+      "paged_attention_cpp(Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_ids, Tensor page_starts, "
+      "Tensor lengths, Tensor rows, Tensor row_starts, Tensor limits, float scale) -> Tensor");
   library.def(
       "sample_tokens_cpp(Tensor logits, Tensor uniforms, float temperature, int top_k, float top_p, float min_p) "
       "-> (Tensor, Tensor, Tensor)");
@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("keyed_uniforms_cpp", TORCH_BOX(&metareward::keyed_uniforms));
-  library.impl("paged_attention_decode_cpp", TORCH_BOX(&metareward::paged_attention_decode));
+  library.impl("paged_attention_cpp", TORCH_BOX(&metareward::paged_attention));
   library.impl("sample_tokens_cpp", TORCH_BOX(&metareward::sample_tokens));
   library.impl("logprob_rows_cpp", TORCH_BOX(&metareward::logprob_rows));
   library.impl("logit_gradient_rows_cpp_", TORCH_BOX(&metareward::logit_gradient_rows));

@@ -19,12 +19,16 @@ using torch::stable::Tensor;
 
 Tensor keyed_uniforms(Tensor keys /* [S] int64 */, Tensor positions /* [S] int64 */);
 
-Tensor paged_attention_decode(
-    Tensor query,        // [S,Hq,D]
+Tensor paged_attention(
+    Tensor query,        // [T,Hq,D]
     Tensor key_pages,    // [P,page,Hk,D]
     Tensor value_pages,  // [P,page,Hk,D]
-    Tensor page_table,   // [S,M] int32
-    Tensor lengths,      // [S] int32
+    Tensor page_ids,     // [N] int32, as all that follow
+    Tensor page_starts,  // [G]
+    Tensor lengths,      // [G]
+    Tensor rows,         // [E]
+    Tensor row_starts,   // [G+1]
+    Tensor limits,       // [E]
     double scale);
 
 // Tokens [S] int64, and [S] float32 each: their log-probs, and those under the distribution drawn from.

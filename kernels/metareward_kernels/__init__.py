@@ -11,18 +11,19 @@ from metareward_kernels.dispatch import implementation, report
 from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
 from metareward_kernels.linear_logprob import linear_logprob
 from metareward_kernels.packed_linear import PackedLinear, pack_linear
-from metareward_kernels.paged_attention import paged_attention_decode
+from metareward_kernels.paged_attention import Segments, paged_attention
 from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
 
 __all__ = [
     "PackedLinear",
+    "Segments",
     "add_rms_norm",
     "implementation",
     "keyed_uniforms",
     "linear_logprob",
     "pack_linear",
-    "paged_attention_decode",
+    "paged_attention",
     "report",
     "request_key",
     "rotate_and_store",

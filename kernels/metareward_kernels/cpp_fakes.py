@@ -13,8 +13,17 @@ def _keyed_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return torch.empty(keys.shape, dtype=torch.float64, device=keys.device)
 
 
-def _paged_attention_decode(
-    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+def _paged_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    page_ids: Tensor,
+    page_starts: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    row_starts: Tensor,
+    limits: Tensor,
+    scale: float,
 ) -> Tensor:
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
@@ -72,7 +81,7 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 def register() -> None:
     """Attach the fake implementations to the ops of the loaded library."""
     torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
-    torch.library.register_fake("metareward::paged_attention_decode_cpp", _paged_attention_decode)
+    torch.library.register_fake("metareward::paged_attention_cpp", _paged_attention)
     torch.library.register_fake("metareward::sample_tokens_cpp", _sample_tokens)
     torch.library.register_fake("metareward::logprob_rows_cpp", _logprob_rows)
     torch.library.register_fake("metareward::logit_gradient_rows_cpp_", _logit_gradient_rows)

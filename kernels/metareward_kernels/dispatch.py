@@ -18,7 +18,7 @@ logger = logging.getLogger("metareward_kernels")
 
 OPS = (
     "linear_logprob",
-    "paged_attention_decode",
+    "paged_attention",
     "sample_tokens",
     "keyed_uniforms",
     "add_rms_norm",

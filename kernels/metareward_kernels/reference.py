@@ -6,9 +6,13 @@ Nothing here is chunked, batched or fast. Everything runs in the precision of it
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from metareward_kernels.paged_attention import Segments
 
 MASK32 = 0xFFFFFFFF
 
@@ -19,22 +23,28 @@ def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperatu
     return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
-def paged_attention_decode(
-    query: Tensor, key_pages: Tensor, value_pages: Tensor, page_table: Tensor, lengths: Tensor, scale: float
+def paged_attention(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, segments: Segments, scale: float
 ) -> Tensor:
-    """Attention of one query per sequence over its first `lengths` tokens, sequence by sequence, head by head."""
+    """Row by row, head by head: gather every token that the row sees in any of its segments, then one softmax."""
     page = key_pages.shape[1]
     group = query.shape[1] // key_pages.shape[2]
+    keys: list[list[Tensor]] = [[] for _ in query]  # of each row, a tensor [limit, Hk, D] a segment
+    values: list[list[Tensor]] = [[] for _ in query]
+    for g, start in enumerate(segments.page_starts.tolist()):
+        for entry in range(int(segments.row_starts[g]), int(segments.row_starts[g + 1])):
+            row, limit = int(segments.rows[entry]), int(segments.limits[entry])
+            pages = segments.page_ids[start : start + math.ceil(limit / page)].long()
+            keys[row].append(key_pages[pages].flatten(0, 1)[:limit])
+            values[row].append(value_pages[pages].flatten(0, 1)[:limit])
     out = torch.zeros_like(query)
-    for s, length in enumerate(lengths.tolist()):
-        if length == 0:
+    for row in range(query.shape[0]):
+        if sum(len(part) for part in keys[row]) == 0:
             continue
-        pages = page_table[s, : math.ceil(length / page)].long()
-        keys = key_pages[pages].flatten(0, 1)[:length]  # [length, Hk, D]
-        values = value_pages[pages].flatten(0, 1)[:length]
+        seen_keys, seen_values = torch.cat(keys[row]), torch.cat(values[row])
         for head in range(query.shape[1]):
-            scores = keys[:, head // group] @ query[s, head] * scale
-            out[s, head] = scores.softmax(dim=0) @ values[:, head // group]
+            scores = seen_keys[:, head // group] @ query[row, head] * scale
+            out[row, head] = scores.softmax(dim=0) @ seen_values[:, head // group]
     return out
 
 

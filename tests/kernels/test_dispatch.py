@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from metareward_kernels import dispatch, implementation, linear_logprob, paged_attention_decode, report
+from metareward_kernels import Segments, dispatch, implementation, linear_logprob, paged_attention, report
 
 COMPILED = implementation("sample_tokens") == "cpp"
 needs_library = pytest.mark.skipif(not COMPILED, reason="the compiled library is not built")
+
+
+def one_token() -> Segments:
+    zero, one = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    return Segments(zero, zero, one, zero, torch.cat([zero, one]), one)
 
 
 def test_report_names_every_op() -> None:
@@ -43,7 +48,7 @@ def test_cpp_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) 
         linear_logprob(torch.zeros(1, 2).double(), torch.zeros(3, 2).double(), torch.tensor([0]))
     pages = torch.zeros(1, 4, 1, 8, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="float16"):
-        paged_attention_decode(pages[0, :1], pages, pages, torch.zeros(1, 1).int(), torch.ones(1).int(), 1.0)
+        paged_attention(pages[0, :1], pages, pages, one_token(), 1.0)
 
 
 MISSING = """
@@ -59,7 +64,9 @@ logprobs = kernels.linear_logprob(torch.zeros(2, 4), torch.zeros(8, 4), torch.te
 uniforms = torch.full((1,), 0.5, dtype=torch.float64)
 kernels.sample_tokens(torch.zeros(1, 8), uniforms, temperature=1.0, top_k=0, top_p=1.0)
 pages = torch.zeros(1, 4, 1, 8)
-kernels.paged_attention_decode(pages[0, :1], pages, pages, torch.zeros(1, 1).int(), torch.ones(1).int(), 1.0)
+zero, one = torch.zeros(1).int(), torch.ones(1).int()
+segments = kernels.Segments(zero, zero, one, zero, torch.cat([zero, one]), one)
+kernels.paged_attention(pages[0, :1], pages, pages, segments, 1.0)
 import os
 os.environ["METAREWARD_KERNELS"] = "cpp"
 try:
