@@ -1,8 +1,9 @@
-"""Which implementation of each op runs: "cpp" (compiled, CPU) or "torch" (plain PyTorch, any device).
+"""Which implementation of each op runs: "triton" (CUDA), "cpp" (compiled, CPU) or "torch" (plain PyTorch, any device).
 
-The choice is made here and nowhere else. The compiled library is loaded on the first question about it; when it
-is missing, one warning is logged a process and the PyTorch path runs. The environment variable METAREWARD_KERNELS
-forces an implementation: `torch` never uses the compiled library, `cpp` raises where the compiled op cannot run.
+The choice is made here and nowhere else. The compiled library is loaded, and Triton imported, on the first question
+about it; when it is missing, one warning is logged a process and the PyTorch path runs. The environment variable
+METAREWARD_KERNELS forces an implementation: `torch` uses neither, `cpp` and `triton` raise where the op cannot run so.
+The Triton kernels have never run on a GPU; without one they run in Triton's interpreter, in tests.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ OPS = (
     "silu_mul",
 )
 ENVIRONMENT_VARIABLE = "METAREWARD_KERNELS"
-CHOICES = ("torch", "cpp")
+CHOICES = ("torch", "cpp", "triton")
+TRITON_OPS = frozenset(
+    ("paged_attention", "sample_tokens", "keyed_uniforms", "add_rms_norm", "rotate_and_store", "silu_mul")
+)
 
 
 @cache
@@ -47,12 +51,18 @@ def _load_library() -> str | None:
 
 
 @cache
-def _warn_once(reason: str) -> None:
-    logger.warning(
-        "%s: using the slower PyTorch path; build with "
-        "`METAREWARD_BUILD=on pip install --no-build-isolation -e .` in the source folder",
-        reason,
-    )
+def _import_triton() -> str | None:
+    """The reason why Triton is not there, or None when it is."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton is not importable ({error})"
+    return None
+
+
+@cache
+def _warn_once(reason: str, remedy: str) -> None:
+    logger.warning("%s: using the slower PyTorch path; %s", reason, remedy)
 
 
 def _forced() -> str | None:
@@ -66,26 +76,43 @@ def _forced() -> str | None:
     return value
 
 
-def implementation(op: str, device: str = "cpu", unsupported: str | None = None) -> str:
-    """The implementation that `op` runs with on `device`: "cpp" or "torch".
+def _missing_for_triton(op: str, device: str) -> str | None:
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the Triton ops run on CUDA, not on {device}"
+    return _import_triton() if op in TRITON_OPS else f"{op} has no Triton kernel"
 
-    unsupported: what about the inputs at hand the compiled op cannot take (a phrase), or None.
-    Raises ValueError for an unknown op or a bad METAREWARD_KERNELS, and RuntimeError when METAREWARD_KERNELS=cpp
-    asks for a compiled op that cannot run here.
+
+def _missing_for_cpp(device: str) -> str | None:
+    return f"the compiled ops run on the CPU, not on {device}" if device != "cpu" else _load_library()
+
+
+def implementation(op: str, device: str = "cpu", unsupported: str | None = None) -> str:
+    """The implementation that `op` runs with on `device`: "triton", "cpp" or "torch".
+
+    unsupported: what about the inputs at hand the device's own kernel cannot take (a phrase), or None.
+    Raises ValueError for an unknown op or a bad METAREWARD_KERNELS, and RuntimeError when METAREWARD_KERNELS asks for
+    an implementation that cannot run here.
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
     forced = _forced()
     if forced == "torch":
         return "torch"
-    reason = f"the compiled ops run on the CPU, not on {device}" if device != "cpu" else _load_library()
-    if device == "cpu" and reason is not None and forced is None:
-        _warn_once(reason)
+    wanted = forced or ("cpp" if device == "cpu" else "triton")
+    reason = _missing_for_triton(op, device) if wanted == "triton" else _missing_for_cpp(device)
+    if forced is None and reason is not None:
+        if device == "cpu":
+            _warn_once(
+                reason,
+                "build with `METAREWARD_BUILD=on pip install --no-build-isolation -e .` in the source folder",
+            )
+        elif device == "cuda" and op in TRITON_OPS:
+            _warn_once(reason, "install the triton that fits your PyTorch")
     reason = reason or unsupported
     if reason is None:
-        return "cpp"
-    if forced == "cpp":
-        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=cpp, but {op} cannot run compiled: {reason}")
+        return wanted
+    if forced is not None:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}={forced}, but {op} cannot run so: {reason}")
     return "torch"
 
 

@@ -1,8 +1,8 @@
 """Random numbers that belong to a request and not to a batch: key = (seed, identity), counter = position.
 
 A counter-based generator has no state, so order, batch size, rank count and restarts change no number. Philox4x32-10
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is written twice, here in int64 arithmetic of
-PyTorch and in csrc/cpu/philox.h, with identical bits.
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is written three times, here in int64 arithmetic
+of PyTorch, in csrc/cpu/philox.h and in triton_random_keys.py, with identical bits.
 """
 
 from __future__ import annotations
@@ -49,8 +49,13 @@ def keyed_uniforms_torch(keys: Tensor, positions: Tensor) -> Tensor:
 
 @torch.library.custom_op("metareward::keyed_uniforms", mutates_args=())
 def _keyed_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
-    if dispatch.implementation("keyed_uniforms", keys.device.type) == "cpp":
+    chosen = dispatch.implementation("keyed_uniforms", keys.device.type)
+    if chosen == "cpp":
         return torch.ops.metareward.keyed_uniforms_cpp(keys.contiguous(), positions.contiguous())
+    if chosen == "triton":
+        from metareward_kernels.triton_random_keys import keyed_uniforms_triton
+
+        return keyed_uniforms_triton(keys, positions)
     return keyed_uniforms_torch(keys, positions)
 
 

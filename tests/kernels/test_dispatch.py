@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ def one_token() -> Segments:
 def test_report_names_every_op() -> None:
     assert set(report()) == set(dispatch.OPS)
     assert set(report().values()) <= {"cpp", "torch"}
-    assert set(report("cuda").values()) == {"torch"}
+    on_cuda = {"triton", "torch"} if importlib.util.find_spec("triton") else {"torch"}
+    assert set(report("cuda").values()) <= on_cuda
+    assert {op for op, chosen in report("cuda").items() if chosen == "triton"} <= dispatch.TRITON_OPS
 
 
 def test_unknown_names_raise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +52,31 @@ def test_cpp_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) 
     pages = torch.zeros(1, 4, 1, 8, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="float16"):
         paged_attention(pages[0, :1], pages, pages, one_token(), 1.0)
+
+
+def test_triton_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("METAREWARD_KERNELS", "triton")
+    assert implementation("sample_tokens", "cuda") == "triton"
+    with pytest.raises(
+        RuntimeError, match=r"METAREWARD_KERNELS=triton, but sample_tokens cannot run so: .* not on cpu"
+    ):
+        implementation("sample_tokens")
+    with pytest.raises(RuntimeError, match="linear_logprob has no Triton kernel"):
+        implementation("linear_logprob", "cuda")
+    with pytest.raises(RuntimeError, match="takes no complex numbers"):
+        implementation("sample_tokens", "cuda", unsupported="it takes no complex numbers")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert implementation("sample_tokens") == "triton"
+
+
+def test_triton_is_not_imported_on_a_cpu() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import metareward_kernels as kernels; "
+        "kernels.report(); sys.exit(('triton' in sys.modules) != before)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 MISSING = """
