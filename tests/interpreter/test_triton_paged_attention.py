@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from metareward_kernels.attention_tiles import make_tiles, tile_capacity
 from metareward_kernels.triton_paged_attention import block_rows, paged_attention_triton
 from torch import Tensor
+
+Run = Callable[..., Any]
 
 SHAPES = [  # Hq, Hk, D, page, dtype
     (6, 2, 64, 16, torch.float32),
@@ -119,44 +122,44 @@ TREE = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tree_of_shared_prefixes(shape: tuple) -> None:
+def test_tree_of_shared_prefixes(run: Run, shape: tuple) -> None:
     case = make_case(shape, TREE, 12)
-    found = paged_attention_triton(*case)
+    found = run(paged_attention_triton, *case)
     assert_right(case, found)
     assert not found[9:].any()
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
-def test_causal_prefill_mixed_with_decode(shape: tuple) -> None:
+def test_causal_prefill_mixed_with_decode(run: Run, shape: tuple) -> None:
     # Rows 0-24 are a chunk behind a cached prefix of 21 tokens; 25 and 26 decode below the same prefix. The limits of
     # the chunk fall, so nothing may depend on their order.
     chunk = list(range(25))
     case = make_case(
         shape, [(21, [*chunk, 25, 26], None), (30, chunk, [29 - row for row in chunk]), (3, [26], None)], 27
     )
-    assert_right(case, paged_attention_triton(*case))
+    assert_right(case, run(paged_attention_triton, *case))
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:3])
-def test_split_along_tokens_and_padded(shape: tuple) -> None:
+def test_split_along_tokens_and_padded(run: Run, shape: tuple) -> None:
     query_heads, kv_heads, dim, _, dtype = shape
     case = make_case(shape, [(520, [0, 1, 2], [520, 5, 300]), (257, [1], None), (2, [3], None)], 5)
     sizes = {"block_rows": block_rows(dtype, query_heads, kv_heads, dim), "target_tiles": 50}
     host = [case.segments[i].numpy() for i in (1, 2, 3, 4, 5)]
     split = make_tiles(*host, query_rows=5, **sizes)  # type: ignore[arg-type]
     assert torch.cat([split.narrow, split.wide])[:, 5].max() == 2
-    found = paged_attention_triton(*case, tiles=split)
+    found = run(paged_attention_triton, *case, tiles=split)
     assert_right(case, found)
     capacity = tile_capacity(segments=4, entries=9, **sizes)  # type: ignore[arg-type]
     padded = make_tiles(*host, query_rows=5, capacity=capacity, **sizes)  # type: ignore[arg-type]
     assert len(padded.narrow) > len(split.narrow)
-    assert torch.equal(paged_attention_triton(*case, tiles=padded), found)
+    assert torch.equal(run(paged_attention_triton, *case, tiles=padded), found)
     whole = make_tiles(*host, query_rows=5, **{**sizes, "target_tiles": 1})  # type: ignore[arg-type]
     assert not torch.cat([whole.narrow, whole.wide])[:, 5].any()
-    assert_right(case, paged_attention_triton(*case, tiles=whole))
+    assert_right(case, run(paged_attention_triton, *case, tiles=whole))
 
 
-def test_shared_and_unshared_agree() -> None:
+def test_shared_and_unshared_agree(run: Run) -> None:
     shape = SHAPES[0]
     case = make_case(shape, [(40, list(range(8)), None), *((3, [row], None) for row in range(8))], 8)
     starts = case.segments.page_starts
@@ -168,13 +171,13 @@ def test_shared_and_unshared_agree() -> None:
         integers(list(range(17))),
         integers([40] * 8 + [3] * 8),
     )
-    shared = paged_attention_triton(*case)
-    unshared = paged_attention_triton(*case._replace(segments=alone))
+    shared = run(paged_attention_triton, *case)
+    unshared = run(paged_attention_triton, *case._replace(segments=alone))
     torch.testing.assert_close(shared, unshared, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [80.0, -100.0])
-def test_large_scores(offset: float) -> None:
+def test_large_scores(run: Run, offset: float) -> None:
     case = make_case(SHAPES[0], TREE, 12)
     case.key_pages.fill_(math.nan)
     page = case.key_pages.shape[1]
@@ -184,29 +187,29 @@ def test_large_scores(offset: float) -> None:
             at = case.key_pages[int(case.segments.page_ids[start + token // page]), token % page]
             at.copy_(offset / 8 + 0.05 * torch.randn(at.shape, generator=generator))
     case.query.fill_(1.0)
-    assert_right(case, paged_attention_triton(*case), tolerance=2e-5)  # 2**-24 of a score of 100 is 6e-6
+    assert_right(case, run(paged_attention_triton, *case), tolerance=2e-5)  # 2**-24 of a score of 100 is 6e-6
 
 
-def test_nan_stays_in_its_row_and_empty_inputs() -> None:
+def test_nan_stays_in_its_row_and_empty_inputs(run: Run) -> None:
     case = make_case(SHAPES[0], TREE, 12)
-    clean = paged_attention_triton(*case)
+    clean = run(paged_attention_triton, *case)
     case.query[5] = math.nan
-    found = paged_attention_triton(*case)
+    found = run(paged_attention_triton, *case)
     assert found[5].isnan().all()
     others = [row for row in range(12) if row != 5]
     assert torch.equal(found[others], clean[others])
     none = Segments(*(integers([0] if name == "row_starts" else []) for name in Segments._fields))
-    assert not paged_attention_triton(case.query, case.key_pages, case.value_pages, none, 1.0).any()
-    assert paged_attention_triton(case.query[:0], case.key_pages, case.value_pages, none, 1.0).shape == (
+    assert not run(paged_attention_triton, case.query, case.key_pages, case.value_pages, none, 1.0).any()
+    assert run(paged_attention_triton, case.query[:0], case.key_pages, case.value_pages, none, 1.0).shape == (
         0,
         6,
         64,
     )
 
 
-def test_what_it_cannot_take_raises() -> None:
+def test_what_it_cannot_take_raises(run: Run) -> None:
     case = make_case(SHAPES[0], TREE, 12)
     with pytest.raises(ValueError, match="not torch\\.float64; set METAREWARD_KERNELS=torch"):
-        paged_attention_triton(case.query.double(), *case[1:])
+        run(paged_attention_triton, case.query.double(), *case[1:])
     with pytest.raises(ValueError, match="at most 128 channels, not 256"):
-        paged_attention_triton(torch.zeros(1, 2, 256), *case[1:])
+        run(paged_attention_triton, torch.zeros(1, 2, 256), *case[1:])

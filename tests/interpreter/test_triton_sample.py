@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from metareward_kernels.random_keys import keyed_uniforms_torch
 from metareward_kernels.triton_random_keys import keyed_uniforms_triton
 from metareward_kernels.triton_sample import sample_tokens_triton
 from torch import Tensor
+
+Run = Callable[..., Any]
 
 # temperature, top_k, top_p, min_p
 OFF = (1.0, 0, 1.0, 0.0)
@@ -54,8 +57,8 @@ def oracle(row: Tensor, uniform: float, chosen: tuple) -> tuple[int, float, floa
     return token, float(raw[token]), float((weights[token] / cumulative[-1]).log())
 
 
-def mismatches(logits: Tensor, uniforms: Tensor, chosen: tuple) -> int:
-    tokens, logprobs, kept_logprobs = sample_tokens_triton(logits, uniforms, *chosen)
+def mismatches(run: Run, logits: Tensor, uniforms: Tensor, chosen: tuple) -> int:
+    tokens, logprobs, kept_logprobs = run(sample_tokens_triton, logits, uniforms, *chosen)
     assert tokens.dtype == torch.int64
     expected = [oracle(row, float(u), chosen) for row, u in zip(logits, uniforms, strict=True)]
     same = torch.tensor([token for token, _, _ in expected]) == tokens
@@ -75,7 +78,9 @@ def mismatches(logits: Tensor, uniforms: Tensor, chosen: tuple) -> int:
         (SETTINGS[3], 32, 2),
     ],
 )
-def test_nasty_rows(chosen: tuple, block: int, list_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nasty_rows(
+    run: Run, chosen: tuple, block: int, list_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(triton_sample, "LARGEST_BLOCK", block)
     monkeypatch.setattr(triton_sample, "LIST_BLOCKS", list_blocks)
     generator = torch.Generator().manual_seed(3)
@@ -89,10 +94,10 @@ def test_nasty_rows(chosen: tuple, block: int, list_blocks: int, monkeypatch: py
     logits[5, 74] = math.nan
     logits[6] = -math.inf
     uniforms = torch.tensor([0.37, 1 - 2.0**-53, 0.9, 2.0**-54, 0.5, 0.5, 0.5], dtype=torch.float64)
-    assert mismatches(logits, uniforms, chosen) == 0
+    assert mismatches(run, logits, uniforms, chosen) == 0
 
 
-def test_rows_without_a_distribution_and_empty_inputs() -> None:
+def test_rows_without_a_distribution_and_empty_inputs(run: Run) -> None:
     logits = torch.zeros(4, 20)
     logits[0, 3] = math.nan
     logits[1] = -math.inf
@@ -100,55 +105,55 @@ def test_rows_without_a_distribution_and_empty_inputs() -> None:
     logits[3, 0], logits[3, 19] = math.inf, math.nan
     uniforms = torch.full((4,), 0.5, dtype=torch.float64)
     for chosen in (OFF, (1.0, 5, 0.9, 0.1), (0.0, 0, 1.0, 0.0)):
-        tokens, logprobs, kept = sample_tokens_triton(logits, uniforms, *chosen)
+        tokens, logprobs, kept = run(sample_tokens_triton, logits, uniforms, *chosen)
         assert tokens.tolist() == [-1] * 4
         assert logprobs.isnan().all()
         assert kept.isnan().all()
-    tokens, logprobs, _ = sample_tokens_triton(torch.zeros(2, 0), uniforms[:2], *OFF)
+    tokens, logprobs, _ = run(sample_tokens_triton, torch.zeros(2, 0), uniforms[:2], *OFF)
     assert (tokens.tolist(), logprobs.isnan().all()) == ([-1, -1], True)
-    assert sample_tokens_triton(logits[:0], uniforms[:0], *OFF)[0].shape == (0,)
+    assert run(sample_tokens_triton, logits[:0], uniforms[:0], *OFF)[0].shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("chosen", "rows"),
     [(OFF, 100), ((0.9, 0, 0.9, 0.0), 5), ((1.0, 10, 1.0, 0.0), 5), ((1.0, 40, 0.8, 0.01), 3)],
 )
-def test_random_rows(chosen: tuple, rows: int) -> None:
+def test_random_rows(run: Run, chosen: tuple, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     logits = torch.randn(rows, 501, generator=generator) * 2
     uniforms = torch.rand(rows, generator=generator, dtype=torch.float64)
-    assert mismatches(logits, uniforms, chosen) <= rows // 100
+    assert mismatches(run, logits, uniforms, chosen) <= rows // 100
 
 
-def test_a_large_vocabulary_strided_and_in_bf16() -> None:
+def test_a_large_vocabulary_strided_and_in_bf16(run: Run) -> None:
     generator = torch.Generator().manual_seed(1)
     wide = (torch.randn(1, 2 * 9001, generator=generator) * 3).bfloat16()
     uniforms = torch.rand(1, generator=generator, dtype=torch.float64)
     for chosen in (OFF, (1.0, 50, 0.9, 0.0)):
-        found = sample_tokens_triton(wide[:, ::2], uniforms, *chosen)
-        upcast = sample_tokens_triton(wide[:, ::2].float(), uniforms, *chosen)
+        found = run(sample_tokens_triton, wide[:, ::2], uniforms, *chosen)
+        upcast = run(sample_tokens_triton, wide[:, ::2].float(), uniforms, *chosen)
         assert all(a.equal(b) for a, b in zip(found, upcast, strict=True))
-        assert mismatches(wide[:, ::2], uniforms, chosen) == 0
+        assert mismatches(run, wide[:, ::2], uniforms, chosen) == 0
 
 
-def test_the_deep_tail_is_drawn() -> None:
+def test_the_deep_tail_is_drawn(run: Run) -> None:
     # Each of 4096 tail tokens has 2e-9 of the mass: an fp32 sum would lose them after the heavy first token.
     row = torch.full((4097,), math.log(2e-9))
     row[0] = 0.0
     tail = 4096 * 2e-9
     inside = torch.linspace(0.0, 1.0, 9, dtype=torch.float64)[1:-1]
-    tokens, _, _ = sample_tokens_triton(row.expand(7, 4097), 1.0 - tail * inside, *OFF)
+    tokens, _, _ = run(sample_tokens_triton, row.repeat(7, 1), 1.0 - tail * inside, *OFF)
     assert tokens.min() >= 1
     assert (tokens - (4096 - 4096 * inside)).abs().max() < 2
 
 
-def test_uniforms_are_those_of_pytorch() -> None:
+def test_uniforms_are_those_of_pytorch(run: Run) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randint(-(2**63), 2**63 - 1, (300,), generator=generator)
     positions = torch.randint(0, 2**62, (300,), generator=generator)
     keys[:4] = torch.tensor([0, -1, 2**63 - 1, -(2**63)])
     positions[:4] = torch.tensor([0, 1, 2**32 - 1, 2**32])
-    found: Any = keyed_uniforms_triton(keys, positions)
+    found: Any = run(keyed_uniforms_triton, keys, positions)
     assert found.equal(keyed_uniforms_torch(keys, positions))
-    assert keyed_uniforms_triton(keys[::2], positions[::2]).equal(found[::2])
-    assert keyed_uniforms_triton(keys[:0], positions[:0]).shape == (0,)
+    assert run(keyed_uniforms_triton, keys[::2], positions[::2]).equal(found[::2])
+    assert run(keyed_uniforms_triton, keys[:0], positions[:0]).shape == (0,)
