@@ -27,7 +27,18 @@ class Node:
     that read it; ``active`` are its children with users.
     """
 
-    __slots__ = ("active", "children", "computed", "last_used", "pages", "parent", "settled", "start", "tokens", "users")
+    __slots__ = (
+        "active",
+        "children",
+        "computed",
+        "last_used",
+        "pages",
+        "parent",
+        "settled",
+        "start",
+        "tokens",
+        "users",
+    )
 
     def __init__(self, parent: Node | None, tokens: tuple[int, ...], pages: list[int], start: int) -> None:
         self.parent = parent

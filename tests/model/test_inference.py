@@ -106,9 +106,7 @@ def test_weights_are_held_once_and_changes_in_place_are_followed(tiny: Tiny) -> 
         other = load_decoder(tiny("qwen2")[1], dtype=torch.float32)
         decoder.model.layers = other.model.layers  # new tensors, not new contents
         assert model.prepare() != key
-        torch.testing.assert_close(
-            by_chunks(model, ids, [0, 20]), plain(decoder, ids), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(by_chunks(model, ids, [0, 20]), plain(decoder, ids), atol=1e-4, rtol=0)
 
 
 def test_rows_pick_what_gives_logits(tiny: Tiny) -> None:

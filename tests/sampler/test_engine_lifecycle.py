@@ -12,6 +12,7 @@ import torch
 from metareward.errors import UserError
 from metareward.sampler import Request, SamplingParams
 
+
 def idle(engine: Any) -> bool:
     """Whether no sequence holds a page; what the prefix tree keeps is free for the taking."""
     return engine.pool.free + engine.tree.evictable == engine.pool.capacity

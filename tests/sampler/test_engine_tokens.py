@@ -129,7 +129,9 @@ def test_host_ahead_of_the_device_changes_no_sample(
     assert engine.stats.new_tokens == sum(len(tokens) for tokens in cut.values())
 
 
-def test_preemption_changes_no_sample(tiny: Any, requests: list[Request], alone: dict[str, list[int]]) -> None:
+def test_preemption_changes_no_sample(
+    tiny: Any, requests: list[Request], alone: dict[str, list[int]]
+) -> None:
     for page_size, pages in ((16, 5), (4, 16), (1, 60)):
         engine = tiny.engine(max_running=7, page_size=page_size, kv_tokens=page_size * pages, margin=0.0)
         got = tiny.run(engine, requests, DRAWN)
@@ -137,7 +139,9 @@ def test_preemption_changes_no_sample(tiny: Any, requests: list[Request], alone:
         assert engine.stats.preemptions > 0
 
 
-def test_a_second_call_reuses_the_prefixes(tiny: Any, requests: list[Request], alone: dict[str, list[int]]) -> None:
+def test_a_second_call_reuses_the_prefixes(
+    tiny: Any, requests: list[Request], alone: dict[str, list[int]]
+) -> None:
     engine = tiny.engine()
     tiny.run(engine, requests, DRAWN)
     first = engine.stats.prefill_tokens

@@ -58,7 +58,9 @@ class FakeDevice:
         for row in sorted(range(size), key=lambda row: step.positions[row]):
             position, place = int(step.positions[row]), int(step.places[row])
             before = sorted(entry for at in seen[row] if at != place for entry in [self.cache[at]])
-            assert [at for at, _ in before] == list(range(position)), "a row misses a position or reads one twice"
+            assert [at for at, _ in before] == list(range(position)), (
+                "a row misses a position or reads one twice"
+            )
             assert place in seen[row], "a row does not read itself"
             state = before[-1][1] if before else 0
             self.cache[place] = (position, extend(state, inputs[row]))
@@ -122,7 +124,15 @@ def expected(request: Request, max_new_tokens: int) -> Completion:
 class World:
     """A pool, a tree and a device, and what a run over them gives."""
 
-    def __init__(self, pages: int, page_size: int, max_running: int, max_step_tokens: int, lookahead: int = 0, margin: float = 1.25) -> None:
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        max_running: int,
+        max_step_tokens: int,
+        lookahead: int = 0,
+        margin: float = 1.25,
+    ) -> None:
         self.pool = PagePool(pages)
         self.tree = PrefixTree(self.pool, page_size)
         self.page_size = page_size
@@ -154,7 +164,9 @@ class World:
             step = scheduler.next_step()
             self.check_books()
             if step is not None:
-                assert len(step.token_ids) <= max(self.max_step_tokens - len(step.decode_slots), self.page_size)
+                assert len(step.token_ids) <= max(
+                    self.max_step_tokens - len(step.decode_slots), self.page_size
+                )
                 self.prefilled += len(step.token_ids)
                 pending.append((step, *device.run(step)))
             elif not pending:
@@ -325,7 +337,9 @@ def test_shared_pages_count_once_at_the_peak() -> None:
 def test_least_recently_used_prefix_goes_first() -> None:
     # 12 pages. Three prompts of 3 whole pages stay in the tree; using the first again makes the second the oldest.
     world = World(12, 4, 1, 64)
-    a, b, c, d = ([Request(f"{name}", (token,) * 12)] for name, token in zip("abcd", (1, 2, 3, 4), strict=True))
+    a, b, c, d = (
+        [Request(f"{name}", (token,) * 12)] for name, token in zip("abcd", (1, 2, 3, 4), strict=True)
+    )
     for requests in (a, b, c, a, d):
         world.run(requests, 1)
     heads = {node.tokens[0] for node in world.tree.nodes()}
@@ -370,6 +384,8 @@ def test_closing_in_the_middle_gives_everything_back() -> None:
     assert scheduler.running
     scheduler.close()
     assert pool.free + tree.evictable == pool.capacity
-    assert all(node.computed == len(node.tokens) for node in tree.nodes()), "the tree promises what is not computed"
+    assert all(node.computed == len(node.tokens) for node in tree.nodes()), (
+        "the tree promises what is not computed"
+    )
     tree.clear()
     assert pool.free == pool.capacity

@@ -50,13 +50,17 @@ class Compared:
         self.most_readers = 0
         self.most_segments = 0
 
-    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float) -> Tensor:
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float
+    ) -> Tensor:
         together = paged_attention(query, keys, values, segments, scale)
         alone = paged_attention(query, keys, values, unshared(segments, len(query), keys.shape[1]), scale)
         self.worst = max(self.worst, float((together - alone).abs().max()))
         self.calls += 1
         whole = segments.limits == segments.lengths.repeat_interleave(segments.row_starts.diff())
-        self.most_readers = max(self.most_readers, int(segments.row_starts.diff().max())) if whole.all() else 0
+        self.most_readers = (
+            max(self.most_readers, int(segments.row_starts.diff().max())) if whole.all() else 0
+        )
         self.most_segments = max(self.most_segments, int(torch.bincount(segments.rows).max()))
         return together
 
