@@ -257,7 +257,8 @@ class Scheduler:
     def _release(self, slot: int) -> None:
         """Give back a sequence's slot, pages and place in the tree."""
         slots, sequence = self.slots, self.slots.sequences[slot]
-        assert sequence is not None and sequence.leaf is not None
+        assert sequence is not None
+        assert sequence.leaf is not None
         assert not sequence.followers, "a leader gives way before those that follow it"
         leaf = sequence.leaf
         self.pool.release(slots.page_table[slot, leaf.end // self.page_size : slots.held[slot]].tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def by_chunks(model: InferenceDecoder, ids: Tensor, bounds: list[int]) -> Tensor
     keys = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(config.num_layers)]
     values = [torch.full(shape, float("nan"), dtype=dtype) for _ in range(config.num_layers)]
     logits = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         at = torch.arange(start, end)
         places = pages[at // PAGE].long() * PAGE + at % PAGE
         segments = chunk_segments(pages, start, end)

@@ -43,7 +43,7 @@ class FakeDevice:
         self.page_size = page_size
         self.cache: dict[int, tuple[int, int]] = {}  # place -> (position, hash)
         self.newest = [-1] * slots
-        self.rows = 0
+        self.chains: dict[int, list[int]] = {}  # hash of a prefix of a prompt -> hashes of all its prefixes
 
     def run(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         self._copy(step)
@@ -51,7 +51,6 @@ class FakeDevice:
         size = len(inputs)
         assert size == len(step.positions) == len(step.places) > 0
         assert len(set(step.places.tolist())) == size, "two rows write one place"
-        self.rows += size
         seen = self._places_read(step)
         # Rows of one sequence depend on each other; ascending positions respect that.
         states: dict[int, int] = {}
@@ -81,8 +80,6 @@ class FakeDevice:
         if chain is None:
             return
         assert [value for _, value in before] == chain
-
-    chains: dict[int, list[int]] = {}
 
     def _copy(self, step: Step) -> None:
         size = self.page_size
@@ -189,7 +186,8 @@ class World:
         assert idle == self.tree.evictable
         readers: dict[int, set[int]] = {}
         for sequence in scheduler.running:
-            assert slots.sequences[sequence.slot] is sequence and sequence.leaf is not None
+            assert slots.sequences[sequence.slot] is sequence
+            assert sequence.leaf is not None
             first = sequence.leaf.end // self.page_size
             row = slots.page_table[sequence.slot, : slots.held[sequence.slot]].tolist()
             owned += row[first:]
@@ -202,7 +200,8 @@ class World:
         for node in self.tree.nodes():
             extra = set(node.users) - readers.get(id(node), set())
             copying = {s.slot for s in scheduler.running if s.copy_from is not None}
-            assert readers.get(id(node), set()) <= set(node.users) and extra <= copying
+            assert readers.get(id(node), set()) <= set(node.users)
+            assert extra <= copying
             assert set(node.active) == {c for cs in node.children.values() for c in cs if c.users}
             assert len(node.tokens) == len(node.pages) * self.page_size
             assert 0 <= node.settled <= node.computed <= len(node.tokens)
@@ -343,7 +342,8 @@ def test_least_recently_used_prefix_goes_first() -> None:
     for requests in (a, b, c, a, d):
         world.run(requests, 1)
     heads = {node.tokens[0] for node in world.tree.nodes()}
-    assert 2 not in heads and {3, 4} <= heads
+    assert 2 not in heads
+    assert {3, 4} <= heads
 
 
 def test_requests_are_drawn_one_ahead() -> None:
