@@ -140,8 +140,9 @@ class InferenceDecoder:
             block, keys, values = cast(Block, module), key_pages[index], value_pages[index]
             attention = block.self_attn
             x = add_rms_norm(residual, delta, block.input_layernorm.weight, eps)
-            norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
-            query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, *norms, eps)
+            query_norm = attention.q_norm.weight if attention.qk_norm else None
+            key_norm = attention.k_norm.weight if attention.qk_norm else None
+            query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
             delta = layer.out(paged_attention(query, keys, values, segments, scale).flatten(1))
             x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
             delta = layer.down(silu_mul(layer.gate_up(x)))

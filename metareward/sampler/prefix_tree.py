@@ -180,7 +180,8 @@ class PrefixTree:
     def cut(self, node: Node, tokens: int) -> Node:
         """Drop everything of a node after its first ``tokens`` tokens (rounded down to pages); it may have neither
         users nor children. Returns the node that is left: this one, or its parent when nothing is."""
-        assert not (node.users or node.children), "only an unused leaf can be cut"
+        assert not node.users, "only an unused node can be cut"
+        assert not node.children, "only a leaf can be cut"
         keep = tokens // self.page_size
         dropped = node.pages[keep:]
         self.pool.release(dropped)
