@@ -51,7 +51,8 @@ METAREWARD_INLINE void stack_queries(const AttentionArguments& a, const Lanes& l
               }
             }
           } else {
-            x = (u32x16)(steps - i >= 16 ? load16(source[lane] + i) : load_part(source[lane] + i, steps - i, 0.0f));
+            const T* next = source[lane] + i;
+            x = (u32x16)(steps - i >= 16 ? load16(next) : load_part(next, steps - i, 0.0f));
           }
         }
         rows[lane] = (f32x16)(x ^ flip);
@@ -112,7 +113,8 @@ METAREWARD_INLINE void weigh_scores(
 // Leaves the sums over tokens [u.token_begin, u.token_end) in the partials of the entries that see any of them.
 template <int NV>
 METAREWARD_INLINE void store_partials(
-    const AttentionArguments& a, const AttentionUnit& u, const Lanes& lanes, const f32x16* acc, const f32x16* top, const f32x16* sum) {
+    const AttentionArguments& a, const AttentionUnit& u, const Lanes& lanes, const f32x16* acc, const f32x16* top,
+    const f32x16* sum) {
   const int64_t chunk = u.token_begin / a.chunk;
   for (int n = 0; n < NV; ++n) {
     float* target[16];
@@ -211,7 +213,8 @@ METAREWARD_INLINE void attend_stacked_by(const AttentionArguments& a, const Atte
 #if defined(METAREWARD_AVX512_BF16)
       steps = (tokens + 1) / 2;
       for (int64_t i = 0; i < steps; ++i) {
-        interleave_rows((const uint16_t*)v[2 * i], (const uint16_t*)v[2 * i + 1], a.dim, (uint32_t*)values + i * a.padded);
+        const auto *x = (const uint16_t*)v[2 * i], *y = (const uint16_t*)v[2 * i + 1];
+        interleave_rows(x, y, a.dim, (uint32_t*)values + i * a.padded);
         left[i] = (const char*)(values + i * a.padded);
       }
 #endif

@@ -26,6 +26,11 @@ METAREWARD_INLINE void prefetch_row(const T* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i);
 }
 
+template <class T>
+METAREWARD_INLINE void prefetch_heads(const T* row, int64_t begin, int64_t end, int64_t stride, int64_t dim) {
+  for (int64_t head = begin; head < end; ++head) prefetch_row(row + head * stride, dim);
+}
+
 METAREWARD_INLINE u32x16 load_pairs(const uint16_t* p) {
   u32x16 x;
   __builtin_memcpy(&x, p, sizeof x);

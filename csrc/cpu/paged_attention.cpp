@@ -4,6 +4,11 @@
 // sums, maxima and weighted values in `partials`. Then every row: the segments that it alone reads, merged with
 // its partials in the order of its entries. A segment is cut along its tokens at multiples of CHUNK only, and a unit
 // of work is done by one thread in one order: the number of threads changes no bit.
+//
+// Limits. A (row, query head, token) that is seen costs 4 D FLOP, a token read costs 4 Hk D bytes in bf16. A decode
+// step of 264 rows with 9 query and 3 key heads of 64 dimensions, where 88 rows share 320 tokens, 11 share 96 and each
+// has 64 of its own: 0.29 GFLOP and 15.5 MB a layer, 13 MB of them the rows' own tokens. At 229 GFLOP/s (pairs of bf16
+// on one Zen 4 core) and 24 GB/s that is 1.3 and 0.65 ms; unshared, the reading alone would be 97 MB or 4.1 ms.
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -55,13 +60,15 @@ struct AttentionUnit {
 void check_indices(const AttentionArguments& a, int64_t pages, int64_t named, int64_t entries, int64_t query_rows) {
   int64_t seen = 0;
   for (int64_t g = 0; g < a.segments; ++g) {
-    const int64_t length = a.lengths[g], start = a.page_starts[g], count = (std::max<int64_t>(length, 0) + a.page - 1) / a.page;
+    const int64_t length = a.lengths[g], start = a.page_starts[g];
+    const int64_t count = (std::max<int64_t>(length, 0) + a.page - 1) / a.page;
     STD_TORCH_CHECK(
         length >= 0 && start >= 0 && start + count <= named, "segment ", g, " of length ", length,
         " names page_ids from ", start, " on, of which there are ", named);
     for (int64_t m = start; m < start + count; ++m) {
       STD_TORCH_CHECK(
-          a.page_ids[m] >= 0 && a.page_ids[m] < pages, "segment ", g, " names page ", a.page_ids[m], " of [0, ", pages - 1, "]");
+          a.page_ids[m] >= 0 && a.page_ids[m] < pages, "segment ", g, " names page ", a.page_ids[m], " of [0, ",
+          pages - 1, "]");
     }
     const int64_t begin = a.row_starts[g], end = a.row_starts[g + 1];
     STD_TORCH_CHECK(
@@ -70,9 +77,11 @@ void check_indices(const AttentionArguments& a, int64_t pages, int64_t named, in
     seen = end;
     for (int64_t e = begin; e < end; ++e) {
       STD_TORCH_CHECK(
-          a.rows[e] >= 0 && a.rows[e] < query_rows, "entry ", e, " names row ", a.rows[e], " of [0, ", query_rows - 1, "]");
+          a.rows[e] >= 0 && a.rows[e] < query_rows, "entry ", e, " names row ", a.rows[e], " of [0, ",
+          query_rows - 1, "]");
       STD_TORCH_CHECK(
-          a.limits[e] >= 0 && a.limits[e] <= length, "limit ", a.limits[e], " of entry ", e, " is outside [0, ", length, "]");
+          a.limits[e] >= 0 && a.limits[e] <= length, "limit ", a.limits[e], " of entry ", e, " is outside [0, ",
+          length, "]");
     }
   }
   STD_TORCH_CHECK(seen == entries, "row_starts must rise from 0 to ", entries, ", it ends at ", seen);
@@ -149,7 +158,9 @@ std::vector<int64_t> balanced_borders(const std::vector<int64_t>& costs, int64_t
   std::vector<int64_t> borders{0};
   for (int64_t unit = 0; unit < units; ++unit) {
     done += costs[unit / repeat];
-    while (int64_t(borders.size()) < parts && done * parts >= total * int64_t(borders.size())) borders.push_back(unit + 1);
+    while (int64_t(borders.size()) < parts && done * parts >= total * int64_t(borders.size())) {
+      borders.push_back(unit + 1);
+    }
   }
   borders.resize(parts, units);
   borders.push_back(units);

@@ -8,4 +8,6 @@
 
 #include "attention_stacked_body.h"
 
+#include "attention_block_body.h"
+
 #include "attention_row_body.h"
