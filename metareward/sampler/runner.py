@@ -34,7 +34,11 @@ class Drawn:
 
 
 class Runner:
-    """A decoder with its key-value pages: per layer keys and values of [pages, page_size, Hk, D]."""
+    """A decoder with its key-value pages: per layer keys and values of [pages, page_size, Hk, D].
+
+    In memory a page's heads lie one after another, [pages, Hk, page_size, D]: attention reads a page head by head,
+    and what it reads together should lie together (on a CPU a third less time for sequences' own pages).
+    """
 
     def __init__(self, decoder: Decoder, page_size: int, max_running: int) -> None:
         weight = next(decoder.parameters())
@@ -68,13 +72,13 @@ class Runner:
         if self.key_pages and pages == len(self.key_pages[0]):
             return
         config = self.model.config
-        shape = (pages, self.page_size, config.num_kv_heads, config.head_dim)
+        shape = (pages, config.num_kv_heads, self.page_size, config.head_dim)
         for store in (self.key_pages, self.value_pages):
             if not store:
-                store.extend(self._empty((0, *shape[1:])) for _ in range(config.num_layers))
+                store.extend(self._empty((0, *shape[1:])).transpose(1, 2) for _ in range(config.num_layers))
             # Layer by layer, so that only one layer is ever held twice.
             for layer, old in enumerate(store):
-                store[layer] = self._empty(shape)
+                store[layer] = self._empty(shape).transpose(1, 2)
                 if keep:
                     store[layer][: len(old)] = old
 
