@@ -51,18 +51,20 @@ def test_judge_parts_come_in_the_order_of_the_paper() -> None:
 def test_meta_judge_parts_come_in_the_order_that_shares_the_longest_prefix() -> None:
     parts = [
         "Rubric",
-        "{instruction}",
-        "{response}",
-        "{judgment_a}",
-        "{judgment_b}",
         "adherence to the rubric",
         "accuracy in evaluating the response",
         "consistency in applying the criteria",
         "Winner: Judgement A",
         "Winner: Judgement B",
+        "{instruction}",
+        "{response}",
+        "{judgment_a}",
+        "{judgment_b}",
     ]
     places = [META.index(part) for part in parts]
     assert places == sorted(places)
+    # What follows the last judgment is computed for every pair anew.
+    assert len(META[META.index("{judgment_b}") :]) < 100
 
 
 def test_both_roles_are_given_the_same_rubric() -> None:
