@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from metareward_kernels import dispatch
-
 from metareward.config import JudgeSettings, MetaJudgeSettings, RespondSettings
 from metareward.run import ranks
 from metareward.run.jsonl import Line, PartFile, part_files, read_parts, write_jsonl
@@ -29,6 +27,7 @@ class Sampled:
 
     stats: EngineStats = field(default_factory=EngineStats)
     difference: dict[str, float] = field(default_factory=dict)
+    implementations: dict[str, str] = field(default_factory=dict)
 
 
 def sampling_params(settings: RespondSettings | JudgeSettings | MetaJudgeSettings) -> SamplingParams:
@@ -121,7 +120,7 @@ def sample_stage(
         host_seconds=totals.host_seconds,
         ranks=ranks.world_size(),
         earlier_requests=len(jobs) - len(todo),
-        implementations=dispatch.report(),
+        implementations=sampled.implementations,
         **sampled.difference,
     )
 
@@ -181,7 +180,7 @@ def sample(
             show(len(todo))
     finally:
         part.close()
-    return Sampled(engine.stats, difference)
+    return Sampled(engine.stats, difference, engine.implementations())
 
 
 def rates(stats: EngineStats) -> str:
