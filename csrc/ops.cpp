@@ -11,13 +11,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
       "-> (Tensor, Tensor, Tensor)");
   library.def("logprob_rows_cpp(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor)");
   library.def(
-      "logit_gradient_rows_cpp_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor grad, float temperature) "
-      "-> ()");
+      "logit_gradient_rows_cpp_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor grad, float temperature, "
+      "Tensor(b!)? out) -> ()");
   library.def("add_rms_norm_cpp_(Tensor(a!) residual, Tensor? delta, Tensor weight, float eps) -> Tensor");
   library.def(
       "rotate_and_store_cpp_(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) key_pages, "
       "Tensor(b!) value_pages, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor");
   library.def("silu_mul_cpp(Tensor gate_up) -> Tensor");
+  library.def("bf16_linear_supported() -> bool");
+  library.def("pack_bf16_weight_cpp(Tensor weight) -> Tensor");
+  library.def("packed_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
+  library.def("bf16_linear_cpp_(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
@@ -29,4 +33,11 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("add_rms_norm_cpp_", TORCH_BOX(&metareward::add_rms_norm));
   library.impl("rotate_and_store_cpp_", TORCH_BOX(&metareward::rotate_and_store));
   library.impl("silu_mul_cpp", TORCH_BOX(&metareward::silu_mul));
+  library.impl("pack_bf16_weight_cpp", TORCH_BOX(&metareward::pack_bf16_weight));
+  library.impl("packed_linear_cpp_", TORCH_BOX(&metareward::packed_linear));
+  library.impl("bf16_linear_cpp_", TORCH_BOX(&metareward::bf16_linear));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(metareward, CompositeExplicitAutograd, library) {
+  library.impl("bf16_linear_supported", TORCH_BOX(&metareward::bf16_linear_supported));
 }

@@ -40,12 +40,12 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(
 // Log-prob of the targets and log-sum-exp of every row, both [C] float32.
 std::tuple<Tensor, Tensor> logprob_rows(Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, double temperature);
 
-// Overwrites the logits with grad * (onehot - softmax) / temperature.
+// grad * (onehot - softmax) / temperature: over the logits, or into `out` [C,V], bfloat16, of float32 logits.
 void logit_gradient_rows(
     Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, Tensor lse /* [C] */, Tensor grad /* [C] */,
-    double temperature);
+    double temperature, std::optional<Tensor> out);
 
-// Adds delta to the residual in place; returns the residual's RMS norm [T,H].
+// Adds delta to the residual in place; returns the residual's RMS norm [T,H] in the weight's dtype.
 Tensor add_rms_norm(Tensor residual /* [T,H] */, std::optional<Tensor> delta /* [T,H] */, Tensor weight /* [H] */, double eps);
 
 // Returns the rotated queries [T,Hq,D]; writes the rotated keys and the values to their slots.
@@ -61,5 +61,11 @@ Tensor rotate_and_store(
     double eps);
 
 Tensor silu_mul(Tensor gate_up /* [T,2I] */);
+
+// Products of bf16 matrices, for CPUs with AVX-512 BF16. `out` is float32 or bfloat16; the sums are fp32.
+bool bf16_linear_supported();
+Tensor pack_bf16_weight(Tensor weight /* [N,K] */);  // [ceil(N/48),ceil(K/2),48,2], padded with zeros
+void packed_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
+void bf16_linear(Tensor x /* [T,K] */, Tensor weight /* [N,K] */, Tensor out /* [T,N] */);
 
 }  // namespace metareward

@@ -54,23 +54,26 @@ char* row(const Tensor& x, int64_t t, bool bf16) {
 }  // namespace
 
 Tensor add_rms_norm(Tensor residual, std::optional<Tensor> delta, Tensor weight, double eps) {
-  const bool bf16 = check_dtype(residual, "residual");
+  const bool bf16_residual = check_dtype(residual, "residual"), bf16 = check_dtype(weight, "weight");
+  STD_TORCH_CHECK(bf16 || !bf16_residual, "a bfloat16 residual needs a bfloat16 weight");
   check_rows(residual, "residual");
   const int64_t rows = residual.size(0), width = residual.size(1);
   STD_TORCH_CHECK(rows <= 1 || residual.stride(0) >= width, "the rows of the residual overlap: it is written in place");
-  check_vector(weight, residual, width, "weight");
+  check_vector(weight, weight, width, "weight");
   if (delta.has_value()) {
     check_rows(*delta, "delta");
     STD_TORCH_CHECK(
-        delta->size(0) == rows && delta->size(1) == width && delta->scalar_type() == residual.scalar_type(),
-        "residual and delta differ in shape or dtype");
+        delta->size(0) == rows && delta->size(1) == width && delta->scalar_type() == weight.scalar_type(),
+        "delta differs from the residual in shape or from the weight in dtype");
   }
-  Tensor out = torch::stable::new_empty(residual, {rows, width});
+  Tensor out = torch::stable::new_empty(weight, {rows, width});
   const auto pass = METAREWARD_SIMD_PICK(add_rms_norm_row);
   torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const char* added = delta.has_value() ? row(*delta, t, bf16) : nullptr;
-      pass(row(residual, t, bf16), added, weight.data_ptr(), bf16, float(eps), width, row(out, t, bf16));
+      pass(
+          row(residual, t, bf16_residual), added, weight.data_ptr(), bf16_residual, bf16, float(eps), width,
+          row(out, t, bf16));
     }
   });
   return out;

@@ -22,8 +22,8 @@ METAREWARD_INLINE float inverse_rms(f32x16 squares, int64_t n, float eps) {
 }
 
 // residual += delta (unless null), rounded; out = residual / rms(residual) * weight.
-template <class T>
-METAREWARD_INLINE void add_rms_norm_of(T* residual, const T* delta, const T* weight, float eps, int64_t n, T* out) {
+template <class R, class T>
+METAREWARD_INLINE void add_rms_norm_of(R* residual, const T* delta, const T* weight, float eps, int64_t n, T* out) {
   f32x16 squares = {};
   for (int64_t i = 0; i < n; i += 16) {
     f32x16 x = load_to(residual + i, n - i);
@@ -94,8 +94,10 @@ METAREWARD_INLINE void silu_mul_of(const T* gate, const T* up, int64_t n, T* out
 }
 
 static void add_rms_norm_row(
-    void* residual, const void* delta, const void* weight, bool bf16, float eps, int64_t n, void* out) {
-  if (bf16) {
+    void* residual, const void* delta, const void* weight, bool bf16_residual, bool bf16, float eps, int64_t n, void* out) {
+  if (bf16 && !bf16_residual) {
+    add_rms_norm_of((float*)residual, (const uint16_t*)delta, (const uint16_t*)weight, eps, n, (uint16_t*)out);
+  } else if (bf16) {
     add_rms_norm_of((uint16_t*)residual, (const uint16_t*)delta, (const uint16_t*)weight, eps, n, (uint16_t*)out);
   } else {
     add_rms_norm_of((float*)residual, (const float*)delta, (const float*)weight, eps, n, (float*)out);

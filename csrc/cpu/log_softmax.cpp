@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
 #include "../ops.h"
 
@@ -82,7 +83,8 @@ std::tuple<Tensor, Tensor> logprob_rows(Tensor logits, Tensor targets, double te
   return {logprobs, lse};
 }
 
-void logit_gradient_rows(Tensor logits, Tensor targets, Tensor lse, Tensor grad, double temperature) {
+void logit_gradient_rows(
+    Tensor logits, Tensor targets, Tensor lse, Tensor grad, double temperature, std::optional<Tensor> out) {
   const Rows rows = check_rows(logits, targets);
   for (const Tensor* x : {&lse, &grad}) {
     STD_TORCH_CHECK(
@@ -92,17 +94,25 @@ void logit_gradient_rows(Tensor logits, Tensor targets, Tensor lse, Tensor grad,
   const auto* target = static_cast<const int64_t*>(targets.data_ptr());
   const auto* log_sum = static_cast<const float*>(lse.data_ptr());
   const auto* incoming = static_cast<const float*>(grad.data_ptr());
+  STD_TORCH_CHECK(
+      !out.has_value() || (!rows.bf16 && out->scalar_type() == ScalarType::BFloat16 && out->is_contiguous() &&
+                           out->dim() == 2 && out->size(0) == rows.count && out->size(1) == rows.vocabulary),
+      "out must be contiguous bfloat16 [C,V], for float32 logits");
+  const bool bf16_out = rows.bf16 || out.has_value();
+  char* to = out.has_value() ? static_cast<char*>(out->data_ptr()) : rows.data;
+  const int64_t to_bytes = rows.vocabulary * (bf16_out ? 2 : 4);
   const auto pass = METAREWARD_SIMD_PICK(negative_softmax);
   const float inverse = float(1.0 / temperature);
   torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      void* row = rows.data + i * rows.row_bytes;
+      const void* row = rows.data + i * rows.row_bytes;
+      void* gradient = to + i * to_bytes;
       const float scale = float(incoming[i] / temperature);
-      // 1 - p at the target is formed in fp32 before it is rounded to the logits' dtype.
+      // 1 - p at the target is formed in fp32 before it is rounded.
       const float logit = element(row, rows.bf16, target[i]);
       const double p = std::exp(double(logit) / temperature - double(log_sum[i]));
-      pass(row, rows.bf16, rows.vocabulary, inverse, log_sum[i], scale);
-      set_element(row, rows.bf16, target[i], float(scale * (1.0 - p)));
+      pass(row, rows.bf16, rows.vocabulary, inverse, log_sum[i], scale, gradient, bf16_out);
+      set_element(gradient, bf16_out, target[i], float(scale * (1.0 - p)));
     }
   });
 }

@@ -23,15 +23,15 @@ METAREWARD_INLINE void top_and_sum_of(const T* z, int64_t n, float inverse_tempe
   *sum_out = total;
 }
 
-// z[i] = -scale * e^(z[i] / temperature - lse)
-template <class T>
-METAREWARD_INLINE void negative_softmax_of(T* z, int64_t n, float inverse_temperature, float lse, float scale) {
+// out[i] = -scale * e^(z[i] / temperature - lse); `out` may be z.
+template <class T, class U>
+METAREWARD_INLINE void negative_softmax_of(const T* z, U* out, int64_t n, float inverse_temperature, float lse, float scale) {
   const float log2e = 1.44269504f;
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store16(z + i, exp2_16((load16(z + i) * inverse_temperature - lse) * log2e) * -scale);
+  for (; i + 16 <= n; i += 16) store16(out + i, exp2_16((load16(z + i) * inverse_temperature - lse) * log2e) * -scale);
   if (i < n) {
     const f32x16 x = load_part(z + i, n - i, 0.0f);
-    store_part(z + i, exp2_16((x * inverse_temperature - lse) * log2e) * -scale, n - i);
+    store_part(out + i, exp2_16((x * inverse_temperature - lse) * log2e) * -scale, n - i);
   }
 }
 
@@ -43,10 +43,13 @@ static void top_and_sum(const void* z, bool bf16, int64_t n, float inverse_tempe
   }
 }
 
-static void negative_softmax(void* z, bool bf16, int64_t n, float inverse_temperature, float lse, float scale) {
+static void negative_softmax(
+    const void* z, bool bf16, int64_t n, float inverse_temperature, float lse, float scale, void* out, bool bf16_out) {
   if (bf16) {
-    negative_softmax_of((uint16_t*)z, n, inverse_temperature, lse, scale);
+    negative_softmax_of((const uint16_t*)z, (uint16_t*)out, n, inverse_temperature, lse, scale);
+  } else if (bf16_out) {
+    negative_softmax_of((const float*)z, (uint16_t*)out, n, inverse_temperature, lse, scale);
   } else {
-    negative_softmax_of((float*)z, n, inverse_temperature, lse, scale);
+    negative_softmax_of((const float*)z, (float*)out, n, inverse_temperature, lse, scale);
   }
 }

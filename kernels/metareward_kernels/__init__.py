@@ -1,5 +1,5 @@
-"""The kernels of metareward, importable without the trainer: linear log-probs, paged attention, sampling,
-and the fused rows of inference.
+"""The kernels of metareward, importable without the trainer: linear log-probs, products with fp32 results, paged
+attention, sampling, and the fused rows of inference.
 
 Every op has a plain PyTorch implementation and, where the compiled library is present, a C++ one for the CPU.
 `report()` says which implementation of each op runs in this process.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from metareward_kernels.dispatch import implementation, report
 from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
+from metareward_kernels.linear_fp32 import linear_fp32, pack_bf16_weight, packed_bf16_linear
 from metareward_kernels.linear_logprob import linear_logprob
 from metareward_kernels.packed_linear import PackedLinear, pack_linear
 from metareward_kernels.paged_attention import Segments, paged_attention
@@ -21,8 +22,10 @@ __all__ = [
     "add_rms_norm",
     "implementation",
     "keyed_uniforms",
+    "linear_fp32",
     "linear_logprob",
-    "pack_linear",
+    "pack_bf16_weight",
+    "packed_bf16_linear",
     "paged_attention",
     "report",
     "request_key",

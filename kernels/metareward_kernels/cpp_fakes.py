@@ -48,13 +48,13 @@ def _logprob_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[
 
 
 def _logit_gradient_rows(
-    logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float
+    logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float, out: Tensor | None
 ) -> None:
     return None
 
 
 def _add_rms_norm(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    return torch.empty(residual.shape, dtype=weight.dtype, device=residual.device)
 
 
 def _rotate_and_store(
@@ -78,6 +78,15 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
     return torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
 
 
+def _pack_bf16_weight(weight: Tensor) -> Tensor:
+    rows, width = weight.shape
+    return weight.new_empty((rows + 47) // 48, (width + 1) // 2, 48, 2)
+
+
+def _linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    return None
+
+
 def register() -> None:
     """Attach the fake implementations to the ops of the loaded library."""
     torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
@@ -88,3 +97,6 @@ def register() -> None:
     torch.library.register_fake("metareward::add_rms_norm_cpp_", _add_rms_norm)
     torch.library.register_fake("metareward::rotate_and_store_cpp_", _rotate_and_store)
     torch.library.register_fake("metareward::silu_mul_cpp", _silu_mul)
+    torch.library.register_fake("metareward::pack_bf16_weight_cpp", _pack_bf16_weight)
+    torch.library.register_fake("metareward::packed_linear_cpp_", _linear_into)
+    torch.library.register_fake("metareward::bf16_linear_cpp_", _linear_into)

@@ -19,6 +19,7 @@ logger = logging.getLogger("metareward_kernels")
 
 OPS = (
     "linear_logprob",
+    "linear_fp32",
     "paged_attention",
     "sample_tokens",
     "keyed_uniforms",
@@ -65,6 +66,14 @@ def _warn_once(reason: str, remedy: str) -> None:
     logger.warning("%s: using the slower PyTorch path; %s", reason, remedy)
 
 
+@cache
+def _missing_instructions(op: str) -> str | None:
+    """What this CPU lacks for an op of the loaded library, or None. Most ops are compiled for any CPU."""
+    if op == "linear_fp32" and not torch.ops.metareward.bf16_linear_supported():
+        return "this CPU has no AVX-512 BF16"
+    return None
+
+
 def _forced() -> str | None:
     value = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if value == "":
@@ -108,7 +117,7 @@ def implementation(op: str, device: str = "cpu", unsupported: str | None = None)
             )
         elif device == "cuda" and op in TRITON_OPS:
             _warn_once(reason, "install the triton that fits your PyTorch")
-    reason = reason or unsupported
+    reason = reason or unsupported or (_missing_instructions(op) if wanted == "cpp" else None)
     if reason is None:
         return wanted
     if forced is not None:

@@ -41,7 +41,7 @@ def add_rms_norm_torch(residual: Tensor, delta: Tensor | None, weight: Tensor, e
     """The PyTorch path of `add_rms_norm`."""
     if delta is not None:
         residual += delta
-    return _normed(residual.to(_compute_dtype(residual.dtype)), weight, eps).to(residual.dtype)
+    return _normed(residual.to(_compute_dtype(residual.dtype)), weight, eps).to(weight.dtype)
 
 
 def add_rms_norm(
@@ -52,13 +52,21 @@ def add_rms_norm(
 ) -> Tensor:
     """residual += delta in place (delta None: nothing is added); returns its RMS norm times weight, [T,H].
 
-    residual [T,H] with a contiguous last dimension, delta [T,H] and weight [H], all of one floating dtype. The norm is
-    that of the residual as it is stored, so the result is that of an addition and a norm done apart.
+    residual [T,H] with a contiguous last dimension, delta [T,H] and weight [H], all of one floating dtype, or a float32
+    residual with delta and weight of 16 bits: then nothing of the residual is rounded to bf16. The result has the
+    weight's dtype. The norm is that of the residual as it is stored, so the result is that of an addition and a norm
+    done apart.
     Raises TypeError or ValueError for inputs that do not fit together.
     """
-    for x in (weight,) if delta is None else (delta, weight):
-        if x.dtype != residual.dtype:
-            raise TypeError(f"residual, delta and weight differ in dtype: {residual.dtype} and {x.dtype}")
+    if residual.dtype != weight.dtype and not (
+        residual.dtype == torch.float32 and weight.dtype.itemsize == 2
+    ):
+        raise TypeError(
+            f"residual and weight differ in dtype: {residual.dtype} and {weight.dtype}; "
+            "only a float32 residual goes with a weight of 16 bits"
+        )
+    if delta is not None and delta.dtype != weight.dtype:
+        raise TypeError(f"delta and weight differ in dtype: {delta.dtype} and {weight.dtype}")
     if residual.dim() != 2 or (delta is not None and delta.shape != residual.shape):
         raise ValueError(
             "need residual and delta [T,H] of one shape, got "
@@ -71,7 +79,7 @@ def add_rms_norm(
             "the last dimension of the residual, which is written in place, must be contiguous; "
             "pass residual.contiguous()"
         )
-    if _compiled("add_rms_norm", residual):
+    if _compiled("add_rms_norm", weight):
         delta = None if delta is None else _rows(delta)
         return torch.ops.metareward.add_rms_norm_cpp_.default(residual, delta, weight.contiguous(), eps)
     return add_rms_norm_torch(residual, delta, weight, eps)

@@ -3,8 +3,9 @@
 The head is where the memory of preference training goes: [T,V] logits in fp32 are 8 GB at T = 16,384, V = 128,256.
 Here the tokens are cut into chunks; the forward pass keeps one log-sum-exp a token and the backward pass computes the
 chunk's logits again. FLOP: 2THV forward; 6THV backward, 4THV with one input frozen. Bytes beyond the inputs and
-gradients: a chunk's logits (in the inputs' dtype; the PyTorch path also holds them in fp32), and the fp32 weight
-gradient. The compiled path turns a chunk's logits into log-probs, or into their gradient in place, in two reads.
+gradients: a chunk's logits in fp32, in the backward pass also their gradient in the inputs' dtype, and the fp32 weight
+gradient. The compiled path turns logits into log-probs, or into their gradient, in two reads; fp32 logits of bf16 inputs
+it makes a few rows at a time, fp32 gradients in place.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ import torch
 from torch import Tensor
 
 from metareward_kernels import dispatch
+from metareward_kernels.linear_fp32 import linear_fp32
 
 CHUNK_TOKENS = 1024
+LOGIT_ROWS = (
+    256  # fp32 logits of bf16 inputs at a time on the compiled path: fresh memory costs as much as arithmetic
+)
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,15 +35,42 @@ def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
 
 
 def _compiled(hidden: Tensor) -> bool:
-    """Whether the row passes run compiled; the matrix products are PyTorch's either way."""
+    """Whether the row passes run compiled; `linear_fp32` chooses for the logits' product by itself."""
     known = hidden.dtype in (torch.float32, torch.bfloat16)
     unsupported = None if known else f"the compiled op takes float32 and bfloat16, not {hidden.dtype}"
     return dispatch.implementation("linear_logprob", hidden.device.type, unsupported) == "cpp"
 
 
+def _logit_rows(hidden: Tensor, chunk_tokens: int) -> int:
+    """Rows of fp32 logits that the compiled path holds at once."""
+    rows = min(hidden.shape[0], chunk_tokens)
+    return rows if hidden.dtype == torch.float32 else min(rows, LOGIT_ROWS)
+
+
+def _compiled_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """`_logit_gradient` into out [C,V] of the inputs' dtype."""
+    in_place = out.dtype == torch.float32
+    step = _logit_rows(hidden, hidden.shape[0])
+    buffer = out if in_place else torch.empty(step, weight.shape[0], dtype=torch.float32)
+    for part in _chunks(hidden.shape[0], step):
+        rows = hidden[part]
+        logits = linear_fp32(rows, weight, out=buffer[: rows.shape[0]])
+        torch.ops.metareward.logit_gradient_rows_cpp_(
+            logits, targets[part], lse[part], grad[part], temperature, None if in_place else out[part]
+        )
+
+
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """[C,V] logits in the accumulation dtype; the product itself runs in the inputs' dtype."""
-    logits = (hidden @ weight.T).to(_accumulation_dtype(hidden.dtype))
+    """[C,V] logits in the accumulation dtype."""
+    logits = linear_fp32(hidden, weight)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -77,9 +109,12 @@ def _linear_logprob(
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= vocabulary:
         raise IndexError(f"targets span [{low}, {high}], outside the vocabulary's [0, {vocabulary - 1}]")
-    for part in _chunks(tokens, chunk_tokens):
+    step = _logit_rows(hidden, chunk_tokens) if compiled else chunk_tokens
+    buffer = torch.empty(step if compiled else 0, vocabulary, dtype=logprobs.dtype, device=hidden.device)
+    for part in _chunks(tokens, step):
         if compiled:
-            logits = hidden[part] @ weight.T
+            rows = hidden[part]
+            logits = linear_fp32(rows, weight, out=buffer[: rows.shape[0]])
             found = torch.ops.metareward.logprob_rows_cpp(logits, targets[part].contiguous(), temperature)
         else:
             found = _forward_chunk(hidden[part], weight, targets[part], temperature)
@@ -114,13 +149,13 @@ def _linear_logprob_backward(
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     total = weight.new_zeros(weight.shape if need_weight else (0,), dtype=_accumulation_dtype(weight.dtype))
     compiled = _compiled(hidden)
+    buffer = hidden.new_empty(min(hidden.shape[0], chunk_tokens) if compiled else 0, weight.shape[0])
+    grad, targets = grad.contiguous(), targets.contiguous()
     for part in _chunks(hidden.shape[0], chunk_tokens):
         rows = hidden[part]
         if compiled:
-            gradient = rows @ weight.T
-            torch.ops.metareward.logit_gradient_rows_cpp_(
-                gradient, targets[part].contiguous(), lse[part], grad[part].contiguous(), temperature
-            )
+            gradient = buffer[: rows.shape[0]]
+            _compiled_gradient(rows, weight, targets[part], lse[part], grad[part], temperature, gradient)
         else:
             gradient = _logit_gradient(rows, weight, targets[part], lse[part], grad[part], temperature)
         if need_hidden:
@@ -182,7 +217,8 @@ def linear_logprob(
     hidden [T,H] and weight [V,H] of one floating dtype, any strides; targets [T] int64 in [0, V).
     Returns [T] float32 (float64 for float64 inputs), each at most 0. Differentiable in hidden and weight: a frozen one
     costs no product; gradients come in the inputs' dtypes, the weight's summed over chunks in fp32 first.
-    In bf16 the products run in bf16 and the softmax in fp32. chunk_tokens bounds the logits held at once.
+    In bf16 the products take bf16 numbers; logits and softmax are fp32, the logits' gradient bf16. chunk_tokens bounds the
+    logits held at once.
     Raises IndexError for a target outside the vocabulary, TypeError or ValueError for other dtypes, shapes or
     a temperature that is not positive.
     """

@@ -94,6 +94,11 @@ def sample_tokens(
     return tokens, logprobs, truncated
 
 
+def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T. [T,K], [N,K] -> [T,N]. In fp64 the exact sums, to far below fp32's rounding."""
+    return x @ weight.T
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean of x squared over the last dimension + eps) * weight."""
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight

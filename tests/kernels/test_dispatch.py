@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from metareward_kernels import Segments, dispatch, implementation, linear_logprob, paged_attention, report
+from metareward_kernels import (
+    Segments,
+    dispatch,
+    implementation,
+    linear_fp32,
+    linear_logprob,
+    paged_attention,
+    report,
+)
 
 COMPILED = implementation("sample_tokens") == "cpp"
 needs_library = pytest.mark.skipif(not COMPILED, reason="the compiled library is not built")
@@ -43,8 +51,10 @@ def test_torch_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_library
 def test_cpp_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    every_op_runs = torch.ops.metareward.bf16_linear_supported()
     monkeypatch.setenv("METAREWARD_KERNELS", "cpp")
-    assert set(report().values()) == {"cpp"}
+    if every_op_runs:
+        assert set(report().values()) == {"cpp"}
     with pytest.raises(RuntimeError, match="not on cuda"):
         implementation("sample_tokens", "cuda")
     with pytest.raises(RuntimeError, match="float64"):
@@ -79,6 +89,21 @@ def test_triton_is_not_imported_on_a_cpu() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@needs_library
+def test_an_op_that_the_cpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("METAREWARD_KERNELS", raising=False)
+    monkeypatch.setattr(
+        dispatch, "_missing_instructions", lambda op: "no such unit" if op == "linear_fp32" else None
+    )
+    assert report()["linear_fp32"] == "torch"
+    assert report()["sample_tokens"] == "cpp"
+    x, weight = torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+    torch.testing.assert_close(linear_fp32(x, weight), x.float() @ weight.float().T)
+    monkeypatch.setenv("METAREWARD_KERNELS", "cpp")
+    with pytest.raises(RuntimeError, match="linear_fp32 cannot run compiled: no such unit"):
+        linear_fp32(x, weight)
+
+
 MISSING = """
 import logging, sys
 from pathlib import Path
@@ -88,6 +113,7 @@ import torch, metareward_kernels as kernels
 assert Path(kernels.__file__).is_relative_to(sys.argv[1])
 assert set(kernels.report().values()) == {"torch"}
 kernels.keyed_uniforms(torch.arange(3), torch.arange(3))
+kernels.linear_fp32(torch.zeros(2, 4).bfloat16(), torch.zeros(8, 4).bfloat16())
 logprobs = kernels.linear_logprob(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([0, 1]))
 uniforms = torch.full((1,), 0.5, dtype=torch.float64)
 kernels.sample_tokens(torch.zeros(1, 8), uniforms, temperature=1.0, top_k=0, top_p=1.0)

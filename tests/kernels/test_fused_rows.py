@@ -54,6 +54,25 @@ def test_add_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
     assert torch.equal(residual, before)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("width", [1, 17, 576])
+def test_add_rms_norm_of_an_fp32_residual_with_bf16_weights(rows: int, width: int) -> None:
+    torch.manual_seed(rows + width)
+    residual = torch.randn(rows, width) * 3
+    delta, weight = torch.randn(rows, width).bfloat16(), torch.randn(width).bfloat16()
+    exact = residual.double()
+    expected = reference.add_rms_norm(exact, delta.double(), weight.double(), 1e-5)
+    sums = residual + delta
+    found = add_rms_norm(residual, delta, weight, 1e-5)
+    assert torch.equal(residual, sums)
+    assert residual.dtype == torch.float32
+    assert found.dtype == torch.bfloat16
+    assert_rounded_once(residual, exact)
+    assert_rounded_once(found, expected)
+    assert torch.equal(add_rms_norm(residual, None, weight, 1e-5), found)
+    assert torch.equal(residual, sums)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rms_norm_at_the_ends_of_the_range(dtype: torch.dtype) -> None:
     rows = torch.tensor([0.0, 1e-30, 1e-3, 1e4, 1e15])[:, None].expand(5, 40).to(dtype)
@@ -218,7 +237,9 @@ def test_bad_arguments() -> None:
     good["value_pages"] = pages.clone()
     calls: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (TypeError, "dtype", lambda: add_rms_norm(x, x.double(), weight, 1e-5)),
-        (TypeError, "dtype", lambda: add_rms_norm(x, None, weight.bfloat16(), 1e-5)),
+        (TypeError, "dtype", lambda: add_rms_norm(x, x, weight.bfloat16(), 1e-5)),
+        (TypeError, "dtype", lambda: add_rms_norm(x.bfloat16(), None, weight, 1e-5)),
+        (TypeError, "dtype", lambda: add_rms_norm(x.double(), None, weight.bfloat16(), 1e-5)),
         (ValueError, "one shape", lambda: add_rms_norm(x, x[:1], weight, 1e-5)),
         (ValueError, r"weight \[24\]", lambda: add_rms_norm(x, x, weight[:5], 1e-5)),
         (TypeError, "floating", lambda: silu_mul(x.long())),
@@ -247,6 +268,8 @@ def test_opcheck(rows: int) -> None:
     stored = (x, cos, sin, torch.arange(rows), keys, values)
     torch.library.opcheck(ops.add_rms_norm_cpp_.default, (x.clone(), x, weight, 1e-5))
     torch.library.opcheck(ops.add_rms_norm_cpp_.default, (x.bfloat16(), None, weight.bfloat16(), 1e-5))
+    narrow = (x.clone(), x.bfloat16(), weight.bfloat16(), 1e-5)
+    torch.library.opcheck(ops.add_rms_norm_cpp_.default, narrow)
     torch.library.opcheck(ops.rotate_and_store_cpp_.default, (*stored, None, None, 1e-5))
     torch.library.opcheck(ops.rotate_and_store_cpp_.default, (*stored, weight[:8], weight[:8], 1e-5))
     torch.library.opcheck(ops.silu_mul_cpp.default, (x,))

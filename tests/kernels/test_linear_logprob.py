@@ -65,6 +65,19 @@ def test_bf16_stays_within_its_rounding() -> None:
         assert (ours.double() - true).norm() / true.norm() < 0.02
 
 
+def test_bf16_inputs_keep_fp32_logits(kernels: str) -> None:
+    # Logits near 100, where bf16 has steps of 1/2: rounded logits would be off by up to 0.25.
+    hidden, weight, targets = make(300, 64, 999, torch.bfloat16)
+    hidden = torch.cat([hidden, torch.full((300, 1), 100.0, dtype=torch.bfloat16)], dim=1)
+    weight = torch.cat([weight, torch.ones(999, 1, dtype=torch.bfloat16)], dim=1)
+    seed_grad = torch.randn(300)
+    found = gradients(hidden, weight, targets, seed_grad, temperature=0.9)
+    exact = oracle(hidden, weight, targets, seed_grad, 0.9)
+    assert (found[0] - exact[0]).abs().max() < 1e-4
+    for ours, true in zip(found[1:], exact[1:], strict=True):
+        assert (ours.double() - true).norm() / true.norm() < 0.004
+
+
 def test_gradcheck_in_fp64() -> None:
     hidden, weight, targets = make(5, 4, 6, torch.float64)
     assert torch.autograd.gradcheck(
