@@ -25,6 +25,7 @@ __all__ = [
     "linear_fp32",
     "linear_logprob",
     "pack_bf16_weight",
+    "pack_linear",
     "packed_bf16_linear",
     "paged_attention",
     "report",

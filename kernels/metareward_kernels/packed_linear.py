@@ -1,8 +1,9 @@
-"""A bf16 linear layer for CPU inference whose weight is laid out once for oneDNN, not again at every call.
+"""A bf16 linear layer for CPU inference whose weight is laid out once, not again at every call.
 
-F.linear hands oneDNN a plain row-major weight; told in advance, oneDNN keeps it in blocks of its matrix product. The
-product is the same. torch reaches that layout only through operators with a leading underscore (its own compiler's),
-so a weight is packed only where they exist and pass a trial; elsewhere this is F.linear, and says so.
+On a CPU with AVX-512 BF16 the compiled product of `linear_fp32` reads tiles made once. Where there are matrix units
+(AMX), which it does not use, oneDNN's product does, with the weight in oneDNN's own blocks: torch reaches that
+layout only through operators with a leading underscore (its own compiler's), so a weight is packed so only where they
+exist and pass a trial. Elsewhere this is F.linear, and says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metareward_kernels.dispatch import ENVIRONMENT_VARIABLE
+from metareward_kernels.dispatch import ENVIRONMENT_VARIABLE, implementation
+from metareward_kernels.linear_fp32 import pack_bf16_weight, packed_bf16_linear
 
 
 def _pack(weight: Tensor) -> Tensor:
@@ -42,19 +44,33 @@ def why_not_packed(weight: Tensor) -> str | None:
     return None if bool((trial == 16.0).all()) else "a trial of the packed linear operator gave wrong numbers"
 
 
+def has_tiles(weight: Tensor) -> bool:
+    """Whether the compiled product is the one for this weight."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.numel() == 0:
+        return False
+    if torch.cpu._is_amx_tile_supported():
+        return False
+    return implementation("linear_fp32") == "cpp"
+
+
 class PackedLinear:
     """x [..., K] -> x @ weight.T + bias [..., N]; made by `pack_linear`. Not differentiable.
 
-    A copy of the weight of that moment: pack again after a change. implementation: "packed", or "torch" for F.linear;
-    reason: why it is not packed, or None.
+    A copy of the weight of that moment: pack again after a change. implementation: "cpp" for the compiled product,
+    "onednn", or "torch" for F.linear; reason: why it is not packed, or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.reason = why_not_packed(weight)
-        self.implementation = "packed" if self.reason is None else "torch"
         self._shape = tuple(weight.shape)
-        self._weight = _pack(weight.detach()) if self.reason is None else weight.detach()
         self._bias = None if bias is None else bias.detach()
+        self.reason: str | None = None
+        if has_tiles(weight):
+            self.implementation = "cpp"
+            self._weight = pack_bf16_weight(weight.detach())
+            return
+        self.reason = why_not_packed(weight)
+        self.implementation = "onednn" if self.reason is None else "torch"
+        self._weight = _pack(weight.detach()) if self.reason is None else weight.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises ValueError for an x that does not fit the weight, TypeError for another dtype."""
@@ -62,11 +78,19 @@ class PackedLinear:
             raise ValueError(f"x {list(x.shape)} does not fit a weight {list(self._shape)}")
         if x.dtype != self._weight.dtype:
             raise TypeError(f"x is {x.dtype}, the weight {self._weight.dtype}")
-        if self.reason is not None:
+        if self.implementation == "torch":
             return F.linear(x, self._weight, self._bias)
-        if x.numel() == 0:  # oneDNN has no products of nothing
+        if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self._shape[0])
-        return _packed_linear(x, self._weight, self._bias)
+        if self.implementation == "onednn":
+            return _packed_linear(x, self._weight, self._bias)
+        rows = x.reshape(-1, self._shape[1])
+        if self._bias is None:
+            out = packed_bf16_linear(rows, self._weight, self._shape[0])
+        else:  # rounded once, after the sum
+            wide = packed_bf16_linear(rows, self._weight, self._shape[0], dtype=torch.float32)
+            out = wide.add_(self._bias).to(x.dtype)
+        return out.view(*x.shape[:-1], self._shape[0])
 
     def __repr__(self) -> str:
         return f"PackedLinear({list(self._shape)}, {self.implementation})"

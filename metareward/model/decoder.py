@@ -42,7 +42,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension; reduces in fp32 and returns the input's dtype."""
+    """Root-mean-square norm over the last dimension; reduces in fp32 and returns the weight's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -183,8 +183,11 @@ class Decoder(nn.Module):
         dtype, or with `targets` [R] int64 the log-probs [R] float32 of those tokens after the picked
         positions. The head is computed within forward, where sharded weights are gathered.
         """
-        hidden = self.model.embed_tokens(token_ids)
-        cos, sin = cos_sin(positions, self._frequencies_on(hidden.device), hidden.dtype)
+        embedded = self.model.embed_tokens(token_ids)
+        cos, sin = cos_sin(positions, self._frequencies_on(embedded.device), embedded.dtype)
+        # The residual stream is a sum of many terms: rounded to bf16 after each, it is a third of what the log-probs
+        # of sampler and trainer differ by.
+        hidden = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         for block in self.model.layers:
             hidden = block(hidden, cos, sin, attend, self.activation_checkpointing)
         hidden = self.model.norm(hidden if rows is None else hidden[rows])

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from metareward_kernels import (
     PackedLinear,
     Segments,
     add_rms_norm,
+    linear_fp32,
+    pack_bf16_weight,
     pack_linear,
     paged_attention,
     rotate_and_store,
     silu_mul,
 )
+from metareward_kernels.packed_linear import has_tiles
 from torch import Tensor, nn
 
 from metareward.model.decoder import Block, Decoder
@@ -89,6 +91,8 @@ class InferenceDecoder:
         self._frequencies = inverse_frequencies(decoder.config)
         self._places: tuple[int, ...] = ()
         self._key: object = None
+        self._head: Tensor | None = None  # the output matrix, laid out for the product
+        self._logits: Tensor | None = None
 
     def prepare(self) -> object:
         """Follow the weights as they are now; returns a key that is equal as long as they are not changed.
@@ -108,6 +112,8 @@ class InferenceDecoder:
                 Layer(*(pack_linear(part.weight.detach(), part.bias) for part in weights))
                 for weights in self._weights
             ]
+            head = self.decoder.head_weight.detach()
+            self._head = pack_bf16_weight(head) if has_tiles(head) else None
             self._key = key
         return key
 
@@ -125,15 +131,17 @@ class InferenceDecoder:
         value_pages: Sequence[Tensor],
         rows: Tensor,
     ) -> Tensor:
-        """Logits [R, V] in the model's dtype after the rows [R] int64 of a step.
+        """Logits [R, V] float32 after the rows [R] int64 of a step, on a CPU in a buffer that the next call overwrites.
 
         token_ids, positions, places [T] int64: inputs, positions in their sequences, and where keys and values go
         (page * page_size + slot). segments: what every row attends to, the places written here included.
         key_pages, value_pages: per layer [P, page, Hk, D].
         """
         config, trunk = self.config, self.decoder.model
-        residual = trunk.embed_tokens(token_ids)
-        cos, sin = cos_sin(positions, self._frequencies, residual.dtype)
+        embedded = trunk.embed_tokens(token_ids)
+        cos, sin = cos_sin(positions, self._frequencies, embedded.dtype)
+        # Sums of many terms: rounded to bf16 after each, they are most of what sampler and trainer differ by.
+        residual = embedded.float()
         scale, eps = config.head_dim**-0.5, config.rms_norm_eps
         delta: Tensor | None = None
         for index, (layer, module) in enumerate(zip(self.layers, self.decoder.blocks, strict=True)):
@@ -148,4 +156,14 @@ class InferenceDecoder:
             delta = layer.down(silu_mul(layer.gate_up(x)))
         assert delta is not None
         last = add_rms_norm(residual[rows], delta[rows], trunk.norm.weight, eps)
-        return F.linear(last, self.decoder.head_weight)
+        return linear_fp32(
+            last, self.decoder.head_weight, packed=self._head, out=self._buffer(len(rows), last)
+        )
+
+    def _buffer(self, rows: int, like: Tensor) -> Tensor | None:
+        """Where the logits go. On a CPU the page faults of a fresh tensor cost a third of the product."""
+        if like.device.type != "cpu":
+            return None
+        if self._logits is None or len(self._logits) < rows:
+            self._logits = like.new_empty((rows, self.config.vocab_size), dtype=torch.float32)
+        return self._logits[:rows]

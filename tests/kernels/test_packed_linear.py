@@ -5,12 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from metareward_kernels import pack_linear
+from metareward_kernels import implementation, pack_linear, packed_linear
 from metareward_kernels.packed_linear import why_not_packed
 from torch import Tensor
 
-PACKED = why_not_packed(torch.ones(1, 1, dtype=torch.bfloat16)) is None
+ONEDNN = why_not_packed(torch.ones(1, 1, dtype=torch.bfloat16)) is None
+TILES = implementation("linear_fp32") == "cpp"
 ROWS = [1, 2, 3, 5, 16, 17, 31, 64, 100, 264, 448, 511, 600]
+
+
+@pytest.fixture(params=["cpp", "onednn"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way of packing that this machine has."""
+    if not (TILES if request.param == "cpp" else ONEDNN):
+        pytest.skip(f"no {request.param} product of packed bf16 weights here")
+    monkeypatch.setattr(
+        packed_linear, "has_tiles", lambda weight: weight.numel() > 0 and request.param == "cpp"
+    )
+    return str(request.param)
 
 
 def assert_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -24,35 +36,36 @@ def assert_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (1, 7), (33, 576), (576, 1536)])
-def test_one_pack_serves_every_number_of_rows(outputs: int, inputs: int, bias: bool) -> None:
+def test_one_pack_serves_every_number_of_rows(chosen: str, outputs: int, inputs: int, bias: bool) -> None:
     torch.manual_seed(outputs)
     weight = (torch.randn(outputs, inputs) * inputs**-0.5).bfloat16()
     added = torch.randn(outputs).bfloat16() if bias else None
     linear = pack_linear(weight, added)
-    assert linear.implementation == ("packed" if PACKED else "torch")
+    assert linear.implementation == chosen
     for rows in ROWS:
         x = torch.randn(rows, inputs).bfloat16()
         assert_product(linear(x), x, weight, added)
 
 
-def test_inputs_of_other_shapes_and_strides() -> None:
+def test_inputs_of_other_shapes_and_strides(chosen: str) -> None:
     weight = torch.randn(24, 32).bfloat16()
     linear = pack_linear(weight.t().contiguous().t())
+    assert linear.implementation == chosen
     x = torch.randn(6, 64).bfloat16()
     for view in (x[:, ::2], x[:, 16:48], x[::2, :32], x[0, :32], x.view(2, 3, 64)[..., :32], x[:0, :32]):
         assert_product(linear(view), view, weight, None)
 
 
-def test_a_nan_stays_in_its_row_and_the_pack_is_a_copy() -> None:
+def test_a_nan_stays_in_its_row_and_the_pack_is_a_copy(chosen: str) -> None:
     weight = torch.randn(40, 32).bfloat16()
     linear, x = pack_linear(weight), torch.randn(9, 32).bfloat16()
     x[4, 3] = float("nan")
     found = linear(x)
     assert found[4].isnan().all()
     assert not found[[0, 1, 2, 3, 5, 6, 7, 8]].isnan().any()
-    if PACKED:
-        weight.zero_()
-        assert torch.equal(linear(x).nan_to_num(), found.nan_to_num())
+    assert linear.implementation == chosen
+    weight.zero_()
+    assert torch.equal(linear(x).nan_to_num(), found.nan_to_num())
 
 
 def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +76,7 @@ def test_what_cannot_be_packed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(linear(x), F.linear(x, weight))
     monkeypatch.setenv("METAREWARD_KERNELS", "torch")
     forced = pack_linear(weight.bfloat16())
+    assert forced.implementation == "torch"
     assert forced.reason == "METAREWARD_KERNELS=torch"
     assert torch.equal(forced(x.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
 

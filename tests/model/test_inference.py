@@ -57,7 +57,7 @@ def by_chunks(model: InferenceDecoder, ids: Tensor, bounds: list[int]) -> Tensor
         places = pages[at // PAGE].long() * PAGE + at % PAGE
         segments = chunk_segments(pages, start, end)
         rows = torch.arange(end - start)
-        logits.append(model.forward(ids[start:end], at, places, segments, keys, values, rows))
+        logits.append(model.forward(ids[start:end], at, places, segments, keys, values, rows).clone())
     return torch.cat(logits)
 
 
