@@ -1,6 +1,6 @@
 """Decode speed of the sampler at Llama-3-8B shapes on a GPU, and what share of the memory bandwidth it reaches.
 
-    python -m bench.gpu_sampler
+    python bench/gpu_sampler.py
 
 256 sequences around a context of 1,500 tokens, of which groups of 11 share 1,000; random bf16 weights made on the
 device, random prompts. Decoding is bound by memory: a step must read the weights once, each shared prefix once a
@@ -9,31 +9,38 @@ group and each sequence's own tokens once. The limit is those bytes at a copy ba
 The engine runs as it is, through `generate`. The same requests are sampled twice, with few and with many new tokens;
 what the further tokens cost is decoding alone, because prefill, start and tail are the same in both.
 
-Not yet run on a GPU. `--device cpu --shapes small` runs all of it on a CPU, for its test only.
+Needs nothing but a checkout, PyTorch, Triton and NumPy. Not yet run on a GPU. `--device cpu --shapes small` runs all of
+it on a CPU, for its test only.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
+if __name__ == "__main__":  # run from a checkout that is not installed
+    for folder in (".", "kernels"):
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
+
 from bench.record import ROOT, check_writable, cpu_model, environment, write_json
-from metareward.cli import fail
-from metareward.config import Recipe
 from metareward.errors import UserError
 from metareward.model.config import ModelConfig
 from metareward.model.decoder import Decoder
 from metareward.sampler import Engine, Request, SamplingParams
-from metareward.stages.context import sampling_dtype
+
+# As the recipe has them for judgments.
+TEMPERATURE = 0.8
+TOP_P = 0.95
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ SHAPES = {
 
 def benchmark(
     *,
-    shapes: Literal["llama3-8b", "small"] = "llama3-8b",
-    device: Literal["cuda", "cpu"] = "cuda",
+    shapes: str = "llama3-8b",
+    device: str = "cuda",
     rounds: int = 3,
     out: Path = ROOT / "bench" / "results",
     seed: int = 0,
@@ -122,8 +129,8 @@ def benchmark(
     """Measure decode tokens/s and write DEVICE-sampler.json.
 
     Args:
-        shapes: The model and the batch.
-        device: Where to run.
+        shapes: The model and the batch, of SHAPES.
+        device: Where to run, "cuda" (in bf16) or "cpu" (in fp32).
         rounds: How often few and many tokens are sampled; the median counts.
         out: The folder for the file.
         seed: Of weights, prompts and sampling.
@@ -137,15 +144,32 @@ def benchmark(
     path = out / f"{file_name(device, shapes)}.json"
     check_writable(path)
     chosen = SHAPES[shapes]
-    dtype = sampling_dtype("auto", torch.device(device))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     decoder = random_decoder(chosen.model, dtype=dtype, device=device, seed=seed)
     found = measure(decoder, chosen, rounds=rounds, seed=seed)
     write_json(path, {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), **found, **environment()})
-    print(
-        f"{found['decode_tokens_per_s']:,.0f} decode tok/s, {found['share_of_limit']:.0%} of the limit of "
-        f"{found['limit_tokens_per_s']:,.0f} at {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s "
-        f"(limit without sharing {found['unshared_limit_tokens_per_s']:,.0f}); {found['implementation']}\nwrote {path}"
-    )
+    print(f"wrote {path}\n{table(found)}")
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures in a few lines."""
+    sizes = found["step_bytes"]
+    lines = [
+        (
+            "decode",
+            f"{found['decode_tokens_per_s']:>10,.0f} tok/s",
+            f"{found['step_seconds'] * 1e3:,.2f} ms a step",
+        ),
+        (
+            "limit",
+            f"{found['limit_tokens_per_s']:>10,.0f} tok/s",
+            f"{(sizes['weights'] + sizes['shared_kv']) / 1e9:,.2f} GB a step, {found['copy_bytes_per_s'] / 1e9:,.0f} GB/s",
+        ),
+        ("share of the limit", f"{found['share_of_limit']:>10.1%}", ""),
+        ("limit unshared", f"{found['unshared_limit_tokens_per_s']:>10,.0f} tok/s", ""),
+        *((op, f"{chosen:>10}", "") for op, chosen in found["implementation"].items()),
+    ]
+    return "\n".join(f"{name:<20}{figure:<18}{remark}".rstrip() for name, figure, remark in lines)
 
 
 def measure(decoder: Decoder, shapes: Shapes, *, rounds: int, seed: int) -> dict[str, Any]:
@@ -193,8 +217,7 @@ def measure(decoder: Decoder, shapes: Shapes, *, rounds: int, seed: int) -> dict
 
 def timed(engine: Engine, requests: Sequence[Request], new_tokens: int) -> float:
     """Seconds to give every request so many tokens."""
-    settings = Recipe().judge
-    params = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=new_tokens)
+    params = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=new_tokens)
     start = perf_counter()
     made = sum(len(completion.token_ids) for completion in engine.generate(requests, params))
     seconds = perf_counter() - start
@@ -290,10 +313,18 @@ def file_name(device: str, shapes: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    # Not tyro, as elsewhere: a bare GPU machine may not have it.
+    parser = argparse.ArgumentParser(description="Measure decode tokens/s and write DEVICE-sampler.json.")
+    parser.add_argument("--shapes", choices=list(SHAPES), default="llama3-8b", help="the model and the batch")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="where to run")
+    parser.add_argument("--rounds", type=int, default=3, help="few and many tokens are sampled so often")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the file")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, prompts and sampling")
     try:
-        tyro.cli(benchmark, prog="python -m bench.gpu_sampler", args=arguments)
+        benchmark(**vars(parser.parse_args(arguments)))
     except UserError as error:
-        fail(str(error))
+        print(f"gpu_sampler: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

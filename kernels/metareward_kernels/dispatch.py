@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -95,10 +96,22 @@ def _missing_for_cpp(device: str) -> str | None:
     return f"the compiled ops run on the CPU, not on {device}" if device != "cpu" else _load_library()
 
 
-def implementation(op: str, device: str = "cpu", unsupported: str | None = None) -> str:
+def unsupported_dtype(implementation: str, dtype: torch.dtype) -> str | None:
+    """Why the sampler's kernels of `implementation` cannot take `dtype` (a phrase), or None."""
+    if implementation == "triton":
+        known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return None if known else f"the Triton kernel takes float32, float16 and bfloat16, not {dtype}"
+    known = dtype in (torch.float32, torch.bfloat16)
+    return None if known else f"the compiled op takes float32 and bfloat16, not {dtype}"
+
+
+def implementation(
+    op: str, device: str = "cpu", unsupported: str | Callable[[str], str | None] | None = None
+) -> str:
     """The implementation that `op` runs with on `device`: "triton", "cpp" or "torch".
 
-    unsupported: what about the inputs at hand the device's own kernel cannot take (a phrase), or None.
+    unsupported: what about the inputs at hand the device's own kernel cannot take (a phrase), or None; or a function
+    that says so for "triton" or "cpp", and is called only where that can be loaded.
     Raises ValueError for an unknown op or a bad METAREWARD_KERNELS, and RuntimeError when METAREWARD_KERNELS asks for
     an implementation that cannot run here.
     """
@@ -117,7 +130,10 @@ def implementation(op: str, device: str = "cpu", unsupported: str | None = None)
             )
         elif device == "cuda" and op in TRITON_OPS:
             _warn_once(reason, "install the triton that fits your PyTorch")
-    reason = reason or unsupported or (_missing_instructions(op) if wanted == "cpp" else None)
+    if reason is None:
+        reason = unsupported(wanted) if callable(unsupported) else unsupported
+    if reason is None and wanted == "cpp":
+        reason = _missing_instructions(op)
     if reason is None:
         return wanted
     if forced is not None:

@@ -6,7 +6,8 @@ add_rms_norm 2H + 2H, rotate_and_store twice (Hq + 2 Hk) D, silu_mul 3I. Arithme
 result is rounded once. Not differentiable.
 
 These run several times a layer, so nothing stands between a call and its kernel: the compiled op, whose schema says
-what it writes, or plain PyTorch. A Python custom op around them would cost 20 us a call, 2 ms a step of 30 layers.
+what it writes, the Triton launcher, or plain PyTorch. A Python custom op around them would cost 20 us a call, 2 ms a
+step of 30 layers.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 from metareward_kernels import dispatch
 
 
-def _compiled(op: str, x: Tensor) -> bool:
-    known = x.dtype in (torch.float32, torch.bfloat16)
-    unsupported = None if known else f"the compiled op takes float32 and bfloat16, not {x.dtype}"
-    return dispatch.implementation(op, x.device.type, unsupported) == "cpp"
+def _chosen(op: str, x: Tensor) -> str:
+    return dispatch.implementation(
+        op, x.device.type, lambda implementation: dispatch.unsupported_dtype(implementation, x.dtype)
+    )
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,9 +80,14 @@ def add_rms_norm(
             "the last dimension of the residual, which is written in place, must be contiguous; "
             "pass residual.contiguous()"
         )
-    if _compiled("add_rms_norm", weight):
+    chosen = _chosen("add_rms_norm", weight)
+    if chosen == "cpp":
         delta = None if delta is None else _rows(delta)
         return torch.ops.metareward.add_rms_norm_cpp_.default(residual, delta, weight.contiguous(), eps)
+    if chosen == "triton":
+        from metareward_kernels.triton_fused_rows import add_rms_norm_triton
+
+        return add_rms_norm_triton(residual, delta, weight, eps)
     return add_rms_norm_torch(residual, delta, weight, eps)
 
 
@@ -134,9 +140,9 @@ def rotate_and_store(
     """Rotate a layer's queries and keys (rotary embedding) and write its keys and values to the cache.
 
     qkv [T,(Hq+2Hk)*D]: each token's query heads, then key heads, then value heads. cos and sin [T,1,D] in qkv's dtype
-    or float32, the first half of sin negated: channels i and i + D/2 form a pair, D even. slots [T] int64, distinct:
-    page * page_size + offset. key_pages, value_pages [P,page,Hk,D] in qkv's dtype, any strides but a contiguous last
-    dimension, are written in place. q_norm_weight, k_norm_weight [D] in qkv's dtype: an RMS norm of each head before
+    or float32, the first half of sin negated: channels i and i + D/2 form a pair, D even. slots [T] int64, distinct
+    but where nobody reads: page * page_size + offset. key_pages, value_pages [P,page,Hk,D] in qkv's dtype, any
+    strides but a contiguous last dimension, are written in place. q_norm_weight, k_norm_weight [D] in qkv's dtype: an RMS norm of each head before
     its rotation (Qwen3). Returns the queries [T,Hq,D] in qkv's dtype.
     Raises TypeError, ValueError or (on the CPU) IndexError for inputs that do not fit together.
     """
@@ -169,7 +175,8 @@ def rotate_and_store(
         raise ValueError(f"q_norm_weight and k_norm_weight must be [{dim}]")
     if key_pages.stride(3) != 1 or value_pages.stride(3) != 1:
         raise ValueError("the last dimension of key_pages and value_pages must be contiguous")
-    if _compiled("rotate_and_store", qkv):
+    chosen = _chosen("rotate_and_store", qkv)
+    if chosen == "cpp":
         try:
             return torch.ops.metareward.rotate_and_store_cpp_.default(
                 _rows(qkv),
@@ -187,6 +194,12 @@ def rotate_and_store(
             raise
     if qkv.device.type == "cpu":  # elsewhere the check would wait for the device at every layer
         _check_slots(slots, key_pages)
+    if chosen == "triton":
+        from metareward_kernels.triton_fused_rows import rotate_and_store_triton
+
+        return rotate_and_store_triton(
+            qkv, cos, sin, slots, key_pages, value_pages, q_norm_weight, k_norm_weight, eps
+        )
     return rotate_and_store_torch(
         qkv, cos, sin, slots, key_pages, value_pages, q_norm_weight, k_norm_weight, eps
     )
@@ -207,6 +220,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise TypeError(f"gate_up must be of a floating dtype, got {gate_up.dtype}")
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"need gate_up [T,2I], got {list(gate_up.shape)}")
-    if _compiled("silu_mul", gate_up):
+    chosen = _chosen("silu_mul", gate_up)
+    if chosen == "cpp":
         return torch.ops.metareward.silu_mul_cpp.default(_rows(gate_up))
+    if chosen == "triton":
+        from metareward_kernels.triton_fused_rows import silu_mul_triton
+
+        return silu_mul_triton(gate_up)
     return silu_mul_torch(gate_up)

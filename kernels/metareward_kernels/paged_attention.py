@@ -12,12 +12,15 @@ The PyTorch path has never run on a GPU, where it would wait for the device to l
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metareward_kernels import dispatch
+
+if TYPE_CHECKING:
+    from metareward_kernels.attention_tiles import TileTable
 
 _GATHER_ELEMENTS = (
     1 << 24
@@ -37,6 +40,19 @@ class Segments(NamedTuple):
     rows: Tensor  # [E] the query rows that read the segment, segment after segment
     row_starts: Tensor  # [G+1] segment g has the entries row_starts[g] .. row_starts[g+1] - 1
     limits: Tensor  # [E] entry e sees the first limits[e] tokens of its segment, at most its length
+
+
+def chosen_for(device: str, dtype: torch.dtype, dim: int) -> str:
+    """The implementation that runs for queries of `dtype` with heads of `dim` channels."""
+
+    def unsupported(implementation: str) -> str | None:
+        if implementation == "triton":
+            from metareward_kernels import triton_paged_attention
+
+            return triton_paged_attention.unsupported(dtype, dim)
+        return dispatch.unsupported_dtype(implementation, dtype)
+
+    return dispatch.implementation("paged_attention", device, unsupported)
 
 
 def _attend_padded(
@@ -182,9 +198,7 @@ def _paged_attention(
     scale: float,
 ) -> Tensor:
     segments = Segments(page_ids, page_starts, lengths, rows, row_starts, limits)
-    known = query.dtype in (torch.float32, torch.bfloat16)
-    unsupported = None if known else f"the compiled op takes float32 and bfloat16, not {query.dtype}"
-    if dispatch.implementation("paged_attention", query.device.type, unsupported) == "cpp":
+    if chosen_for(query.device.type, query.dtype, query.shape[2]) == "cpp":
         try:
             return torch.ops.metareward.paged_attention_cpp(
                 query.contiguous(), key_pages, value_pages, *(part.contiguous() for part in segments), scale
@@ -219,6 +233,7 @@ def paged_attention(
     value_pages: Tensor,  # [P,page,Hk,D]
     segments: Segments,
     scale: float,
+    tiles: TileTable | None = None,
 ) -> Tensor:
     """Softmax attention of each query row over all the tokens that it sees in its segments.
 
@@ -226,7 +241,10 @@ def paged_attention(
     dimension), Hq a multiple of Hk; query head h reads key head h // (Hq / Hk). segments: see Segments; entry e lets
     row rows[e] see the first limits[e] tokens of its segment, in decode all of them, in a prefill chunk's own pages as
     many as are not after it. Keys and values of seen tokens are already written. Those within a segment's length must
-    be finite, or rows that do not see them may turn into NaN. scale multiplies the scores.
+    be finite, or rows that do not see them may turn into NaN. scale multiplies the scores. tiles: for the Triton kernel,
+    the work cut up on the host (`attention_tiles.make_tiles`, on the query's device), once for all layers of a step;
+    without it every call waits for the device to learn the segments; with it page_starts, lengths and row_starts are
+    not read. Others do not need it.
     Returns [T,Hq,D] in the query's dtype; zeros for a row that sees nothing. The same input gives the same bits,
     whatever the number of threads. Not differentiable.
     Raises TypeError, ValueError or (on the CPU) IndexError for inputs that do not fit together.
@@ -255,4 +273,10 @@ def paged_attention(
         raise ValueError(f"rows [{len(segments.rows)}] and limits [{len(segments.limits)}] differ in length")
     if query.shape[2] > 1 and (key_pages.stride(3) != 1 or value_pages.stride(3) != 1):
         raise ValueError("the last dimension of key_pages and value_pages must be contiguous")
+    if chosen_for(query.device.type, query.dtype, query.shape[2]) == "triton":
+        from metareward_kernels.triton_paged_attention import paged_attention_triton
+
+        if query.device.type == "cpu" and tiles is None:
+            _check_indices(query, key_pages, segments)
+        return paged_attention_triton(query, key_pages, value_pages, segments, float(scale), tiles)
     return _paged_attention(query, key_pages, value_pages, *segments, float(scale))

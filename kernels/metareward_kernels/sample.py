@@ -72,12 +72,17 @@ def sample_tokens_torch(
 def _sample_tokens(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if dispatch.implementation("sample_tokens", logits.device.type) == "cpp":
+    chosen = dispatch.implementation("sample_tokens", logits.device.type)
+    if chosen == "cpp":
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         return torch.ops.metareward.sample_tokens_cpp(
             logits, uniforms.contiguous(), temperature, top_k, top_p, min_p
         )
+    if chosen == "triton":
+        from metareward_kernels.triton_sample import sample_tokens_triton
+
+        return sample_tokens_triton(logits, uniforms, temperature, top_k, top_p, min_p)
     return sample_tokens_torch(logits, uniforms, temperature, top_k, top_p, min_p)
 
 

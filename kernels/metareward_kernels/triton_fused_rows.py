@@ -75,7 +75,8 @@ def rotate_and_store_rows(
     kv_heads,
     PAGE: tl.constexpr,
     HALF: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM_Q: tl.constexpr,
+    NORM_K: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
@@ -90,11 +91,14 @@ def rotate_and_store_rows(
     is_query = head < query_heads
     is_value = head >= query_heads + kv_heads
     q_low, q_high = low, high
-    if NORM:
-        q_normed_low, q_normed_high = normed(low, high, q_norm_weight, eps, channel, inside, HALF)
-        k_normed_low, k_normed_high = normed(low, high, k_norm_weight, eps, channel, inside, HALF)
-        q_low = tl.where(is_query[:, None], q_normed_low, k_normed_low)
-        q_high = tl.where(is_query[:, None], q_normed_high, k_normed_high)
+    if NORM_Q:
+        normed_low, normed_high = normed(low, high, q_norm_weight, eps, channel, inside, HALF)
+        q_low = tl.where(is_query[:, None], normed_low, q_low)
+        q_high = tl.where(is_query[:, None], normed_high, q_high)
+    if NORM_K:
+        normed_low, normed_high = normed(low, high, k_norm_weight, eps, channel, inside, HALF)
+        q_low = tl.where(is_query[:, None], q_low, normed_low)
+        q_high = tl.where(is_query[:, None], q_high, normed_high)
     angles = row * (2 * HALF) + channel
     cos_low = tl.load(cos + angles, mask=inside, other=0.0).to(tl.float32)[None, :]
     cos_high = tl.load(cos + angles + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -139,9 +143,12 @@ def silu_mul_rows(gate_up, out, row_stride, width, BLOCK: tl.constexpr):
 
 
 def add_rms_norm_triton(residual: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Launch: `add_rms_norm` for arguments that it has checked. [T,H] (updated in place), [T,H] | None, [H] -> [T,H]."""
+    """Launch: `add_rms_norm` for arguments that it has checked. [T,H] (updated in place), [T,H] | None, [H] -> [T,H].
+
+    The result has the weight's dtype; the residual may be wider.
+    """
     rows, width = residual.shape
-    out = torch.empty((rows, width), dtype=residual.dtype, device=residual.device)
+    out = torch.empty((rows, width), dtype=weight.dtype, device=residual.device)
     if out.numel() == 0:
         return out
     assert residual.stride(1) == 1, residual.stride()
@@ -188,7 +195,6 @@ def rotate_and_store_triton(
         return query
     if qkv.stride(1) != 1:
         qkv = qkv.contiguous()
-    norm = q_norm_weight is not None and k_norm_weight is not None
     rotate_and_store_rows[len(qkv), triton.cdiv(heads, BLOCK_HEADS)](
         qkv,
         cos.contiguous(),
@@ -197,8 +203,8 @@ def rotate_and_store_triton(
         query,
         key_pages,
         value_pages,
-        q_norm_weight if norm else qkv,
-        k_norm_weight if norm else qkv,
+        qkv if q_norm_weight is None else q_norm_weight.contiguous(),
+        qkv if k_norm_weight is None else k_norm_weight.contiguous(),
         eps,
         qkv.stride(0),
         *key_pages.stride()[:3],
@@ -207,7 +213,8 @@ def rotate_and_store_triton(
         kv_heads,
         PAGE=page,
         HALF=dim // 2,
-        NORM=norm,
+        NORM_Q=q_norm_weight is not None,
+        NORM_K=k_norm_weight is not None,
         BLOCK_HEADS=BLOCK_HEADS,
         BLOCK_HALF=triton.next_power_of_2(dim // 2),
         num_warps=1,

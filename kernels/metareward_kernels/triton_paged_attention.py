@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metareward_kernels import dispatch
 from metareward_kernels.attention_tiles import COLUMNS, TileTable, make_tiles
 
 LARGEST_DIM = 128
@@ -211,13 +212,11 @@ def tiles_of(query: Tensor, key_pages: Tensor, segments: Any) -> TileTable:
     return table.to(query.device)
 
 
-def unsupported(query: Tensor) -> str | None:
-    """What about the query the kernels cannot take (a phrase), or None."""
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the Triton kernel takes float32, float16 and bfloat16, not {query.dtype}"
-    if query.shape[2] > LARGEST_DIM:
-        return f"the Triton kernel takes heads of at most {LARGEST_DIM} channels, not {query.shape[2]}"
-    return None
+def unsupported(dtype: torch.dtype, dim: int) -> str | None:
+    """Why the kernels cannot take queries of this dtype and of heads of `dim` channels (a phrase), or None."""
+    if dim > LARGEST_DIM:
+        return f"the Triton kernel takes heads of at most {LARGEST_DIM} channels, not {dim}"
+    return dispatch.unsupported_dtype("triton", dtype)
 
 
 def paged_attention_triton(
@@ -234,7 +233,7 @@ def paged_attention_triton(
     which waits for the device. Its block_rows must come from `block_rows` for this dtype and these heads.
     Raises ValueError for what `unsupported` names.
     """
-    reason = unsupported(query)
+    reason = unsupported(query.dtype, query.shape[2])
     if reason is not None:
         raise ValueError(f"{reason}; set METAREWARD_KERNELS=torch")
     rows, query_heads, dim = query.shape

@@ -23,6 +23,7 @@ from metareward_kernels import (
     rotate_and_store,
     silu_mul,
 )
+from metareward_kernels.attention_tiles import TileTable
 from metareward_kernels.packed_linear import has_tiles
 from torch import Tensor, nn
 
@@ -130,12 +131,13 @@ class InferenceDecoder:
         key_pages: Sequence[Tensor],
         value_pages: Sequence[Tensor],
         rows: Tensor,
+        tiles: TileTable | None = None,
     ) -> Tensor:
         """Logits [R, V] float32 after the rows [R] int64 of a step, on a CPU in a buffer that the next call overwrites.
 
         token_ids, positions, places [T] int64: inputs, positions in their sequences, and where keys and values go
         (page * page_size + slot). segments: what every row attends to, the places written here included.
-        key_pages, value_pages: per layer [P, page, Hk, D].
+        key_pages, value_pages: per layer [P, page, Hk, D]. tiles: of the segments, where Triton's attention runs.
         """
         config, trunk = self.config, self.decoder.model
         embedded = trunk.embed_tokens(token_ids)
@@ -151,7 +153,7 @@ class InferenceDecoder:
             query_norm = attention.q_norm.weight if attention.qk_norm else None
             key_norm = attention.k_norm.weight if attention.qk_norm else None
             query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
-            delta = layer.out(paged_attention(query, keys, values, segments, scale).flatten(1))
+            delta = layer.out(paged_attention(query, keys, values, segments, scale, tiles).flatten(1))
             x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
             delta = layer.down(silu_mul(layer.gate_up(x)))
         assert delta is not None

@@ -43,6 +43,7 @@ class Engine:
         kv_tokens: size of the cache in tokens, rounded down to pages. None: as much as ``max_running`` of the
             longest request so far may need without sharing, grown when a longer one comes.
         lookahead: steps the host is ahead of the device. None: 1 on a GPU, 0 on a CPU.
+        cuda_graphs: replay steps that only decode as CUDA graphs. None: on a GPU where attention is Triton's.
         margin: pages are left for running sequences to grow to this many times the mean length of completions;
             less admits more at once and preempts more often.
 
@@ -62,6 +63,7 @@ class Engine:
         max_step_tokens: int = 2048,
         kv_tokens: int | None = None,
         lookahead: int | None = None,
+        cuda_graphs: bool | None = None,
         margin: float = 1.25,
     ) -> None:
         sizes = {"max_running": max_running, "page_size": page_size, "max_step_tokens": max_step_tokens}
@@ -80,7 +82,7 @@ class Engine:
         self.stats = EngineStats()
         self.pool = PagePool(0 if kv_tokens is None else kv_tokens // page_size)
         self.tree = PrefixTree(self.pool, page_size)
-        self.runner = Runner(decoder, page_size, max_running)
+        self.runner = Runner(decoder, page_size, max_running, cuda_graphs)
         self.lookahead = (1 if self.runner.device.type == "cuda" else 0) if lookahead is None else lookahead
         self.margin = margin
         self._generating = False

@@ -1,8 +1,8 @@
 """The tensors of the sampler: the key-value pages, the newest token of every slot, and the model run over them.
 
 Nothing here knows of requests: a step says by numbers what is computed, where it goes and what is drawn. All
-tensors live on the decoder's device, the cache in the decoder's dtype. Written without regard to the kind of
-device, but so far run on CPUs only, never on a GPU.
+tensors live on the decoder's device, the cache in the decoder's dtype. On a GPU nothing waits for the device but
+`Drawn.to_host`, and that only for its own step. So far run on CPUs only, never on a GPU.
 """
 
 from __future__ import annotations
@@ -11,36 +11,48 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from metareward_kernels import Segments, keyed_uniforms, sample_tokens
+from metareward_kernels import keyed_uniforms, sample_tokens
+from metareward_kernels.paged_attention import chosen_for
 from numpy.typing import NDArray
 from torch import Tensor
 
+from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.inference import InferenceDecoder
+from metareward.sampler.graphs import DecodeGraphs
+from metareward.sampler.inputs import Inputs, Tiling, as_inputs, host_arrays, tiling_of, to_device
 from metareward.sampler.request import SamplingParams
-from metareward.sampler.step import HostSegments, Step
+from metareward.sampler.step import Step
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a step drew, still on the device: tokens [S] int64, logprobs [S] float32."""
+    """What a step drew: tokens [S] int64, logprobs [S] float32, in host memory once the event has happened."""
 
     tokens: Tensor
     logprobs: Tensor
+    copied: torch.cuda.Event | None
 
     def to_host(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Wait for the device and fetch both."""
-        return self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
+        """Wait for this step, not for those started after it, and return both."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tokens.numpy(), self.logprobs.numpy()
 
 
 class Runner:
-    """A decoder with its key-value pages: per layer keys and values of [pages, page_size, Hk, D].
+    """A decoder with its key-value pages: per layer keys and values of [pages + 1, page_size, Hk, D].
 
-    In memory a page's heads lie one after another, [pages, Hk, page_size, D]: attention reads a page head by head,
-    and what it reads together should lie together (on a CPU a third less time for sequences' own pages).
+    In memory a page's heads lie one after another, [pages + 1, Hk, page_size, D]: attention reads a page head by
+    head, and what it reads together should lie together (on a CPU a third less time for sequences' own pages).
+
+    The last page is nobody's: rows that only fill a CUDA graph write there. cuda_graphs: replay decode steps as
+    graphs; None: where the device is a GPU and attention is Triton's.
     """
 
-    def __init__(self, decoder: Decoder, page_size: int, max_running: int) -> None:
+    def __init__(
+        self, decoder: Decoder, page_size: int, max_running: int, cuda_graphs: bool | None = None
+    ) -> None:
         weight = next(decoder.parameters())
         self.model = InferenceDecoder(decoder)
         self.page_size = page_size
@@ -48,15 +60,51 @@ class Runner:
         self.dtype = weight.dtype
         self.key_pages: list[Tensor] = []
         self.value_pages: list[Tensor] = []
-        # Written by each draw and read by the next step, so that tokens need not come to the host in between.
-        self._newest = torch.zeros(max_running, dtype=torch.int64, device=self.device)
+        if cuda_graphs and self.device.type != "cuda":
+            raise UserError(f"cuda_graphs is True and the model is on {self.device.type}: leave it unset")
+        self._cuda_graphs = cuda_graphs
+        self._max_running = max_running
+        # Written by each draw and read by the next step, so that tokens need not come to the host in between. The
+        # last stays 0: the input of rows that are nobody's.
+        self._newest = torch.zeros(max_running + 1, dtype=torch.int64, device=self.device)
         self._forgotten = 0
+        self._key: object = None
+        self._tiling: Tiling | None = None
+        self.graphs: DecodeGraphs | None = None
         self.grow(0, keep=False)
+
+    @property
+    def pages(self) -> int:
+        """Pages that sequences may use."""
+        return len(self.key_pages[0]) - 1
 
     def prepare(self) -> object:
         """Follow the weights as they are; the key under which what is cached for them is valid."""
         with torch.inference_mode(False):
-            return self._forgotten, self.model.prepare()
+            key = (self._forgotten, self.model.prepare())
+        tiling = tiling_of(self.model.config, self.dtype, self.device)
+        if key != self._key or tiling != self._tiling:
+            self._key, self._tiling = key, tiling
+            self.graphs = self._new_graphs()
+        return key
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        if self.device.type != "cuda" or self._cuda_graphs is False:
+            return None
+        if self._tiling is None:
+            if self._cuda_graphs:
+                raise UserError(
+                    "cuda_graphs is True and attention does not run as a Triton kernel: leave cuda_graphs unset, or "
+                    "install Triton and unset METAREWARD_KERNELS"
+                )
+            return None
+        return DecodeGraphs(
+            self._compute,
+            self._tiling,
+            self.device,
+            max_running=self._max_running,
+            page_size=self.page_size,
+        )
 
     def forget(self) -> None:
         """Make the next key differ from all before."""
@@ -65,14 +113,22 @@ class Runner:
 
     def implementations(self) -> dict[str, str]:
         """What else the report of the engine says of its operations."""
-        return {"linear": self.model.layers[0].qkv.implementation} if self.model.layers else {}
+        found = {"paged_attention": chosen_for(self.device.type, self.dtype, self.model.config.head_dim)}
+        if self.model.layers:
+            found["linear"] = self.model.layers[0].qkv.implementation
+        if self.device.type == "cuda":
+            graphs = self._cuda_graphs is not False and found["paged_attention"] == "triton"
+            found["decode_steps"] = "CUDA graphs" if graphs else "launched one by one"
+        return found
 
     def grow(self, pages: int, *, keep: bool) -> None:
         """Raise the number of pages; ``keep`` says whether the present ones hold anything still wanted."""
-        if self.key_pages and pages == len(self.key_pages[0]):
+        if self.key_pages and pages == self.pages:
             return
+        if self.graphs is not None:
+            self.graphs.clear()  # they know the old tensors
         config = self.model.config
-        shape = (pages, config.num_kv_heads, self.page_size, config.head_dim)
+        shape = (pages + 1, config.num_kv_heads, self.page_size, config.head_dim)
         for store in (self.key_pages, self.value_pages):
             if not store:
                 store.extend(self._empty((0, *shape[1:])).transpose(1, 2) for _ in range(config.num_layers))
@@ -87,25 +143,35 @@ class Runner:
         """Compute a step's rows; returns the logits [R, V] of its ``logit_rows`` in the model's dtype."""
         if len(step.copies):
             self._copy_pages(step.copies)
-        inputs = self._newest[self._put(step.decode_slots)]
-        if len(step.token_ids):
-            inputs = torch.cat((inputs, self._put(step.token_ids)))
+        if self.graphs is not None and step.prefill_tokens == 0:
+            return self.graphs.run(step, slot=self._max_running, page=self.pages)
+        tiles = None if self._tiling is None else self._tiling.table(step.segments, len(step.positions))
+        arrays = host_arrays(step, tiles)
+        return self._compute(as_inputs(to_device(arrays, self.device), tiles.slots if tiles else None))
+
+    def _compute(self, inputs: Inputs) -> Tensor:
+        tokens = self._newest[inputs.decode_slots]
+        if len(inputs.token_ids):
+            tokens = torch.cat((tokens, inputs.token_ids))
         return self.model.forward(
-            inputs,
-            self._put(step.positions),
-            self._put(step.places),
-            self._segments(step.segments),
+            tokens,
+            inputs.positions,
+            inputs.places,
+            inputs.segments,
             self.key_pages,
             self.value_pages,
-            self._put(step.logit_rows),
+            inputs.logit_rows,
+            inputs.tiles,
         )
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, step: Step, params: SamplingParams) -> Drawn:
         """Draw the step's tokens from its logits [R, V] and keep them as the next inputs of their slots."""
+        arrays = [step.draws, step.draw_slots, step.draw_keys, step.draw_counts]
+        draws, slots, keys, counts = to_device(arrays, self.device)
         if len(step.draws) != len(step.logit_rows):  # some rows serve several samples
-            logits = logits[self._put(step.draws)]
-        uniforms = keyed_uniforms(self._put(step.draw_keys), self._put(step.draw_counts))
+            logits = logits[draws]
+        uniforms = keyed_uniforms(keys, counts)
         tokens, logprobs = sample_tokens(
             logits,
             uniforms,
@@ -115,28 +181,24 @@ class Runner:
             min_p=params.min_p,
         )
         # A row that cannot be drawn from gives -1; it must not be looked up before the host has seen it.
-        self._newest[self._put(step.draw_slots)] = tokens.clamp(min=0)
-        return Drawn(tokens, logprobs)
-
-    def _segments(self, host: HostSegments) -> Segments:
-        return Segments(
-            page_ids=self._put(host.page_ids),
-            page_starts=self._put(host.page_starts),
-            lengths=self._put(host.lengths),
-            rows=self._put(host.rows),
-            row_starts=self._put(host.row_starts),
-            limits=self._put(host.limits),
-        )
+        self._newest[slots] = tokens.clamp(min=0)
+        if self.device.type != "cuda":
+            return Drawn(tokens.cpu(), logprobs.cpu(), None)
+        # Sent back at once, so that taking them later waits for nothing but this step.
+        host = [
+            torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+            for part in (tokens, logprobs)
+        ]
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return Drawn(host[0], host[1], copied)
 
     def _copy_pages(self, copies: NDArray[np.int64]) -> None:
         """Copy whole pages (from, to) in every layer, reading all before writing any."""
-        source, target = self._put(copies.T.copy())
+        source, target = to_device([copies[:, 0].copy(), copies[:, 1].copy()], self.device)
         for store in (self.key_pages, self.value_pages):
             for pages in store:
                 pages.index_copy_(0, target, pages.index_select(0, source))
-
-    def _put(self, array: NDArray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

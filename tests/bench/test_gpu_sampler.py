@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,9 @@ import torch
 
 from bench import gpu_sampler
 from bench.gpu_sampler import SHAPES
+from bench.record import ROOT
 from bench.workloads import common_length
+from metareward.config import Recipe
 from metareward.model.decoder import Decoder
 
 
@@ -52,6 +57,22 @@ def test_small_shapes_on_the_cpu_write_a_record(tmp_path: Path) -> None:
     assert len(record["rounds"]) == 3
     assert record["implementation"]
     assert {"machine", "versions", "commit", "date"} <= record.keys()
+
+
+def test_sampling_is_that_of_judging() -> None:
+    judge = Recipe().judge
+    assert (judge.temperature, judge.top_p) == (gpu_sampler.TEMPERATURE, gpu_sampler.TOP_P)
+
+
+def test_a_bare_checkout_is_enough(tmp_path: Path) -> None:
+    # Neither installed nor beside the packages of the whole trainer.
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['tyro', 'pydantic']))"
+    (tmp_path / "sitecustomize.py").write_text(blocked)
+    command = [sys.executable, str(ROOT / "bench" / "gpu_sampler.py"), "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--shapes" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")

@@ -13,32 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+
+from tests.on_gpu import run_on_gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
-
-
-def run_on_gpu(launcher: Callable, *arguments: Any, **named: Any) -> Any:
-    """Call with copies of all tensors (strides kept) on the GPU; what it changed in place is copied back."""
-    moved: list[tuple[Tensor, Tensor]] = []
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda").copy_(
-                value
-            )
-            moved.append((value, there))
-            return there
-        if isinstance(value, tuple):
-            parts = [move(part) for part in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        return value
-
-    result = launcher(*move(arguments), **{name: move(value) for name, value in named.items()})
-    for here, there in moved:
-        here.copy_(there)
-    return tuple(part.cpu() for part in result) if isinstance(result, tuple) else result.cpu()
 
 
 def run_here(launcher: Callable, *arguments: Any, **named: Any) -> Any:

@@ -54,11 +54,22 @@ def test_add_rms_norm(run: Run, dtype: torch.dtype, rows: int, width: int) -> No
         assert not found[2].any()
 
 
+def test_a_residual_wider_than_the_weights(run: Run) -> None:
+    generator = torch.Generator().manual_seed(0)
+    residual = torch.randn(3, 40, generator=generator)
+    delta, weight = (torch.randn(n, 40, generator=generator).half() for n in (3, 1))
+    wanted = residual + delta.float()
+    found = run(add_rms_norm_triton, residual, delta, weight[0], 1e-5)
+    assert residual.equal(wanted)
+    assert found.dtype == torch.float16
+    assert_near(found, rms_norm(wanted.double(), weight[0].double(), 1e-5))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("query_heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 8), (7, 1, 80)])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", ["", "qk", "k"])
 def test_rotate_and_store(
-    run: Run, dtype: torch.dtype, query_heads: int, kv_heads: int, dim: int, norm: bool
+    run: Run, dtype: torch.dtype, query_heads: int, kv_heads: int, dim: int, norm: str
 ) -> None:
     rows, page = 5, 4
     generator = torch.Generator().manual_seed(dim)
@@ -70,14 +81,17 @@ def test_rotate_and_store(
     weights = torch.randn(2, dim, generator=generator).to(dtype)
     pages = torch.full((7, page, 2 * kv_heads, dim), 9.0, dtype=dtype)
     key_pages, value_pages = pages[:, :, ::2], pages[:, :, 1::2]
-    arguments = (weights[0], weights[1], 1e-6) if norm else ()
+    arguments = (weights[0] if "q" in norm else None, weights[1] if "k" in norm else None, 1e-6)
     query = run(rotate_and_store_triton, qkv, cos, sin, slots, key_pages, value_pages, *arguments)
 
     heads = qkv.double().view(rows, -1, dim)
-    turned = heads[:, : query_heads + kv_heads]
-    if norm:
-        of_head = weights.double()[[0] * query_heads + [1] * kv_heads]
-        turned = rms_norm(turned, of_head, 1e-6)
+    turned = heads[:, : query_heads + kv_heads].clone()
+    for name, part, weight in (
+        ("q", slice(query_heads), weights[0]),
+        ("k", slice(query_heads, None), weights[1]),
+    ):
+        if name in norm:
+            turned[:, part] = rms_norm(turned[:, part], weight.double(), 1e-6)
     turned = turned * cos.double() + turned.roll(dim // 2, dims=-1) * sin.double()
     assert_near(query, turned[:, :query_heads])
     wanted_keys = torch.full(key_pages.shape, 9.0, dtype=torch.float64)

@@ -157,13 +157,14 @@ def test_uniforms(architecture: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fused_rows(architecture: int, tmp_path: Path) -> None:
     types = dict.fromkeys(("residual", "delta", "weight", "out"), "*bf16") | {"eps": "fp32"}
-    for width, warps in ((1024, 2), (8192, 16)):
+    for residual, width, warps in (("*bf16", 1024, 2), ("*bf16", 8192, 16), ("*fp32", 8192, 16)):
         constants: dict[str, Any] = {"ADD": True, "BLOCK": width}
+        types["residual"] = residual
         compiled(triton_fused_rows.add_rms_norm_rows, types, constants, architecture, tmp_path, warps=warps)
     tensors = ("qkv", "cos", "sin", "query", "key_pages", "value_pages", "q_norm_weight", "k_norm_weight")
     types = dict.fromkeys(tensors, "*bf16") | {"slots": "*i64", "eps": "fp32"}
     for norm in (False, True):
-        constants = {"PAGE": 16, "HALF": 64, "NORM": norm, "BLOCK_HALF": 64}
+        constants = {"PAGE": 16, "HALF": 64, "NORM_Q": norm, "NORM_K": norm, "BLOCK_HALF": 64}
         constants["BLOCK_HEADS"] = triton_fused_rows.BLOCK_HEADS
         compiled(triton_fused_rows.rotate_and_store_rows, types, constants, architecture, tmp_path, warps=1)
     types = {"gate_up": "*bf16", "out": "*bf16"}

@@ -13,19 +13,23 @@ from metareward_kernels import add_rms_norm, implementation, reference, rotate_a
 from torch import Tensor
 
 from metareward.model.rope import rotate
+from tests.on_gpu import on_gpu
 
 COMPILED = implementation("silu_mul") == "cpp"
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 ROWS = [0, 1, 7, 600]
 
 
-@pytest.fixture(params=["cpp", "torch"], autouse=True)
+@pytest.fixture(params=["cpp", "torch", *(["gpu"] if torch.cuda.is_available() else [])], autouse=True)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("METAREWARD_KERNELS", raising=False)
     if request.param == "cpp" and not COMPILED:
         pytest.skip("the compiled library is not built")
     if request.param == "torch":
         monkeypatch.setenv("METAREWARD_KERNELS", "torch")
+    if request.param == "gpu":
+        for op in (add_rms_norm, rotate_and_store, silu_mul):
+            monkeypatch.setitem(globals(), op.__name__, on_gpu(op))
     return request.param
 
 
@@ -203,7 +207,9 @@ def test_strided_inputs() -> None:
         rotate_and_store(x, cos, sin, slots, pages[..., 0], values)
 
 
-def test_threads_change_nothing() -> None:
+def test_threads_change_nothing(path: str) -> None:
+    if path == "gpu":
+        pytest.skip("threads of the CPU")
     x, weight = torch.randn(900, 480), torch.randn(480)
     cos, sin = rotary(900, 16, torch.float32)
     threads = torch.get_num_threads()
@@ -221,7 +227,9 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("slot", [-1, 12, 2**40])
-def test_a_slot_outside_the_cache(slot: int) -> None:
+def test_a_slot_outside_the_cache(slot: int, path: str) -> None:
+    if path == "gpu":
+        pytest.skip("on a GPU the check would wait for the device")
     keys, values = torch.zeros(2, 3, 4, 1, 8)
     cos, sin = rotary(2, 8, torch.float32)
     with pytest.raises(IndexError, match=r"outside the cache's \[0, 11\]"):

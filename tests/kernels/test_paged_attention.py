@@ -14,9 +14,12 @@ from metareward_kernels import Segments, implementation, paged_attention, refere
 from metareward_kernels.paged_attention import paged_attention_torch
 from torch import Tensor
 
+from tests.on_gpu import on_gpu
+
 COMPILED = implementation("paged_attention") == "cpp"
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float64: 1e-12}
 PATHS = [paged_attention_torch, paged_attention]
+PATHS += [on_gpu(paged_attention)] if torch.cuda.is_available() else []
 
 # A segment of a test: its length, and the (row, limit) of every reader.
 Readers = Sequence[tuple[int, int]]

@@ -8,6 +8,8 @@ from metareward_kernels import implementation, keyed_uniforms, reference, reques
 from metareward_kernels.random_keys import keyed_uniforms_torch, philox4x32_10
 from scipy import stats
 
+from tests.on_gpu import on_gpu
+
 COMPILED = implementation("keyed_uniforms") == "cpp"
 ONES = 0xFFFFFFFF
 # The vectors published with Random123 for Philox4x32-10.
@@ -44,6 +46,8 @@ def test_identical_bits() -> None:
     positions[:4] = torch.tensor([-1, 2**63 - 1, -(2**63), 2**40])
     found = keyed_uniforms(keys, positions)
     assert torch.equal(found, keyed_uniforms_torch(keys, positions))
+    if torch.cuda.is_available():
+        assert torch.equal(found, on_gpu(keyed_uniforms)(keys, positions))
     exact = [reference.keyed_uniform(k, p) for k, p in zip(keys.tolist(), positions.tolist(), strict=True)]
     assert found.tolist() == exact
 

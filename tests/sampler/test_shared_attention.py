@@ -51,7 +51,7 @@ class Compared:
         self.most_segments = 0
 
     def __call__(
-        self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float
+        self, query: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float, tiles: None
     ) -> Tensor:
         together = paged_attention(query, keys, values, segments, scale)
         alone = paged_attention(query, keys, values, unshared(segments, len(query), keys.shape[1]), scale)
