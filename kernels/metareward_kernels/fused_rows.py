@@ -142,8 +142,8 @@ def rotate_and_store(
     qkv [T,(Hq+2Hk)*D]: each token's query heads, then key heads, then value heads. cos and sin [T,1,D] in qkv's dtype
     or float32, the first half of sin negated: channels i and i + D/2 form a pair, D even. slots [T] int64, distinct
     but where nobody reads: page * page_size + offset. key_pages, value_pages [P,page,Hk,D] in qkv's dtype, any
-    strides but a contiguous last dimension, are written in place. q_norm_weight, k_norm_weight [D] in qkv's dtype: an RMS norm of each head before
-    its rotation (Qwen3). Returns the queries [T,Hq,D] in qkv's dtype.
+    strides but a contiguous last dimension, are written in place. q_norm_weight, k_norm_weight [D] in qkv's
+    dtype: an RMS norm of each head before its rotation (Qwen3). Returns the queries [T,Hq,D] in qkv's dtype.
     Raises TypeError, ValueError or (on the CPU) IndexError for inputs that do not fit together.
     """
     same = [key_pages, value_pages, *(w for w in (q_norm_weight, k_norm_weight) if w is not None)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,11 @@ MAX_CONTEXT = 160
 
 @dataclass
 class Tiny:
-    """One set of weights as transformers' model and as ours."""
+    """One set of weights as transformers' model and as ours; engines run on `device`, all else on the CPU."""
 
     reference: Any
     decoder: Decoder
+    device: str = "cpu"
 
     def greedy(self, prompt: tuple[int, ...], count: int) -> list[int]:
         """Greedy tokens of transformers' own generate, without stop ids."""
@@ -48,7 +50,8 @@ class Tiny:
 
     def engine(self, **settings: Any) -> Engine:
         """An engine with no stop ids and seed 0 unless told otherwise."""
-        return Engine(self.decoder, **{"stop_ids": (), "seed": 0, **settings})
+        decoder = self.decoder if self.device == "cpu" else copy.deepcopy(self.decoder).to(self.device)
+        return Engine(decoder, **{"stop_ids": (), "seed": 0, **settings})
 
     def prompt(self, length: int, salt: int = 0) -> tuple[int, ...]:
         """A prompt of this length; different lengths and salts share no prefix to speak of."""
@@ -94,6 +97,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny-llama")
     reference.save_pretrained(folder)
     return Tiny(reference, load_decoder(folder, dtype=torch.float32))
+
+
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[str]:
+    """Where the engines of a test run: what they give on a GPU is held against what the CPU gives."""
+    tiny.device = request.param
+    yield request.param
+    tiny.device = "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ PAGE_EDGES = (1, 15, 16, 17, 31, 32, 33)
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, max_new_tokens=20)
 DRAWN = SamplingParams(temperature=1.0, top_p=0.98, max_new_tokens=20)
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(scope="module")
 def greedy_tokens(tiny: Any) -> dict[int, list[int]]:
