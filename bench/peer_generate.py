@@ -99,10 +99,13 @@ class Peer:
 
 
 def plan(earlier: Sequence[Measurement]) -> list[tuple[str, int]]:
-    """(dtype, batch) to measure in the next round: everything first, from then on each dtype's best of the first round."""
+    """(dtype, batch) to measure in the next round: everything first, from then on the best of bf16, which the ratio is
+    to, and the best of fp32 where that was faster."""
     if not earlier:
         return [(dtype, batch) for dtype in DTYPES for batch in BATCHES]
-    return [(dtype, best_batch(earlier, dtype)) for dtype in DTYPES]
+    rates = {dtype: tokens_per_s([m for m in earlier if m["round"] == 0], dtype) for dtype in DTYPES}
+    again = [dtype for dtype in DTYPES if dtype == "bf16" or rates[dtype] > rates["bf16"]]
+    return [(dtype, best_batch(earlier, dtype)) for dtype in again]
 
 
 def best_batch(measurements: Sequence[Measurement], dtype: str) -> int:
