@@ -189,8 +189,9 @@ def test_tiny_run_of_both_sides(tmp_path: Path, smollm2: Path, packaged: Source,
     assert found["tokens_per_s"] in [turn["tokens_per_s"] for turn in found["rounds"]]
     assert all(isinstance(name, str) for name in found["implementation"].values())
     assert found["implementation"]
-    # Six in the first round, the best of each dtype in the second; each made every token it should.
-    assert [turn["round"] for turn in found["peer_rounds"]] == [0] * 6 + [1] * 2
+    # Six in the first round, the best of bf16 (and of fp32 where it was faster) in the second.
+    assert [turn["round"] for turn in found["peer_rounds"][:7]] == [0] * 6 + [1]
+    assert len(found["peer_rounds"]) <= 8
     assert {turn["new_tokens"] for turn in found["peer_rounds"]} == {16}
     assert found["linear"]["rounds"][0]["requests"] == 16
     sampler.print_table(record)
