@@ -20,11 +20,12 @@ from metareward_kernels import dispatch, request_key
 
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
+from metareward.sampler.admission import most_pages
 from metareward.sampler.pages import PagePool
 from metareward.sampler.prefix_tree import PrefixTree
 from metareward.sampler.request import Completion, EngineStats, Request, SamplingParams
 from metareward.sampler.runner import Drawn, Runner
-from metareward.sampler.schedule import Scheduler, most_pages
+from metareward.sampler.schedule import Scheduler
 from metareward.sampler.step import Step
 
 OPS = ("paged_attention", "sample_tokens", "keyed_uniforms", "add_rms_norm", "rotate_and_store", "silu_mul")
@@ -158,12 +159,13 @@ class Engine:
             # Drawing requests may have raised the number of pages, several times even; the tensors follow once,
             # and have contents to keep only if pages were in use before.
             self.runner.grow(self.pool.capacity, keep=held)
-            stats.requests += scheduler.started
-            stats.prompt_tokens += scheduler.prompt_tokens
-            stats.preemptions += scheduler.preemptions
-            scheduler.started = scheduler.prompt_tokens = scheduler.preemptions = 0
-            if scheduler.peak_pages > stats.peak_pages:
-                stats.peak_pages, stats.unshared_pages = scheduler.peak_pages, scheduler.unshared_pages
+            counts = scheduler.counts
+            stats.requests += counts.started
+            stats.prompt_tokens += counts.prompt_tokens
+            stats.preemptions += counts.preemptions
+            counts.started = counts.prompt_tokens = counts.preemptions = 0
+            if counts.peak_pages > stats.peak_pages:
+                stats.peak_pages, stats.unshared_pages = counts.peak_pages, counts.unshared_pages
         return step
 
     def _compute(self, step: Step, params: SamplingParams) -> Drawn:

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metareward.errors import UserError
+from metareward.sampler.admission import most_pages
 from metareward.sampler.pages import PagePool
 from metareward.sampler.prefix_tree import PrefixTree
 from metareward.sampler.request import Completion, Request
-from metareward.sampler.schedule import Scheduler, most_pages
+from metareward.sampler.schedule import Scheduler
 from metareward.sampler.step import Step
 
 STOP = 0
@@ -280,7 +281,7 @@ def test_soak_through_a_pool_that_is_too_small() -> None:
     assert len(got) == 20_000
     for request in requests[::37]:
         assert got[request.identity] == expected(request, 20)
-    assert world.scheduler.preemptions > 100, "the pool was never too small"
+    assert world.scheduler.counts.preemptions > 100, "the pool was never too small"
 
 
 def groups(prompt: list[int], members: int, tails: int, tail: int) -> list[Request]:
@@ -329,8 +330,8 @@ def test_prefixes_of_other_weights_are_not_used() -> None:
 def test_shared_pages_count_once_at_the_peak() -> None:
     world = World(400, 4, 32, 640)
     world.run(groups([3] * 40, 10, 2, 1), 1)
-    assert world.scheduler.peak_pages <= 10 + 2 + 20
-    assert world.scheduler.unshared_pages == 20 * 11
+    assert world.scheduler.counts.peak_pages <= 10 + 2 + 20
+    assert world.scheduler.counts.unshared_pages == 20 * 11
 
 
 def test_least_recently_used_prefix_goes_first() -> None:
