@@ -137,8 +137,8 @@ def test_peer_measures_everything_once_then_the_best() -> None:
         for (dtype, batch), rate in rates.items()
     ]
     assert plan(found) == [("bf16", 32)]
-    faster = [{"round": 0, "dtype": "fp32", "batch": 64, "tokens_per_s": 9.5}]
-    assert plan(found + faster) == [("bf16", 32), ("fp32", 64)]
+    faster = [{"round": 0, "dtype": "fp32", "batch": 32, "tokens_per_s": 9.5}]
+    assert plan(found + faster) == [("bf16", 32), ("fp32", 32)]
     found += [{"round": 1, "dtype": "bf16", "batch": 32, "tokens_per_s": 6.0}]
     assert best_batch(found, "bf16") == 32
     assert tokens_per_s(found, "bf16") == 7.5
