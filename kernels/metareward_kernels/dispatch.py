@@ -20,6 +20,7 @@ logger = logging.getLogger("metareward_kernels")
 
 OPS = (
     "linear_logprob",
+    "head_rows",
     "linear_fp32",
     "paged_attention",
     "sample_tokens",

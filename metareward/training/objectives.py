@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from metareward_kernels.pair_losses import PairLogprobs
 from torch import Tensor
 
 from metareward.config import TrainSettings
@@ -55,11 +56,12 @@ def pair_objective(settings: TrainSettings, reference: Mapping[str, tuple[float,
             dtype=policy.dtype,
             device=policy.device,
         )
-        ratios = policy - fixed
-        losses = compute(ratios[:, 0], ratios[:, 1])
+        tokens = torch.tensor(batch.lengths, dtype=policy.dtype, device=policy.device).view(-1, 2)
+        pairs = PairLogprobs(*policy.unbind(1), *fixed.unbind(1), *tokens.unbind(1))
+        losses = compute(pairs)
         with torch.no_grad():
             # margin = beta (log ratio of chosen - of rejected), the implicit reward margin; right where it is positive.
-            margins = settings.beta * (ratios[:, 0] - ratios[:, 1])
+            margins = settings.beta * pairs.margin
             figures: Sums = {
                 "loss": float(losses.sum()),
                 "chosen_logprob": float(policy[:, 0].sum()),

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from metareward_kernels.pair_losses import PairLogprobs, PairLoss, dpo, hinge, ipo
 from torch import Tensor
 
 from metareward.config import TrainSettings
 from metareward.training.examples import Example
-from metareward.training.losses import dpo, hinge, ipo, pair_loss
+from metareward.training.losses import pair_loss
 from metareward.training.objectives import pair_objective, sft_objective
 from metareward.training.packing import pack
 
 RATIO = st.floats(-30.0, 30.0)
+
+
+def pairs_of(chosen: Tensor, rejected: Tensor) -> PairLogprobs:
+    """Pairs with these log ratios, under a reference that is not zero."""
+    references = torch.full_like(chosen, -3.0), torch.full_like(rejected, -5.0)
+    tokens = torch.ones_like(chosen)
+    return PairLogprobs(chosen + references[0], rejected + references[1], *references, tokens, tokens)
 
 
 def sigmoid(value: float) -> float:
@@ -49,7 +56,7 @@ NAMES = ["dpo", "dpo smoothed", "ipo", "ipo beta 2", "hinge"]
 @given(pairs=st.lists(st.tuples(RATIO, RATIO), min_size=1, max_size=4))
 def test_loss_by_formula(settings: TrainSettings, pairs: list[tuple[float, float]]) -> None:
     chosen, rejected = torch.tensor(pairs, dtype=torch.float64).unbind(1)
-    found = pair_loss(settings)(chosen, rejected)
+    found = pair_loss(settings)(pairs_of(chosen, rejected))
     assert found.dtype == torch.float64
     assert found.shape == (len(pairs),)
     for value, pair in zip(found.tolist(), pairs, strict=True):
@@ -61,13 +68,13 @@ def test_gradients(settings: TrainSettings) -> None:
     generator = torch.Generator().manual_seed(0)
     # Away from the hinge's kink at margin = 10.
     inputs = [torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)]
-    assert torch.autograd.gradcheck(pair_loss(settings), inputs)
+    assert torch.autograd.gradcheck(lambda *ratios: pair_loss(settings)(pairs_of(*ratios)), inputs)
 
 
 def test_gradient_of_dpo_at_equal_logprobs() -> None:
     chosen = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     rejected = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    dpo(chosen, rejected, beta=0.1).sum().backward()
+    dpo(pairs_of(chosen, rejected), beta=0.1).sum().backward()
     assert chosen.grad is not None
     assert rejected.grad is not None
     assert chosen.grad.tolist() == pytest.approx([-0.05] * 3)
@@ -77,20 +84,20 @@ def test_gradient_of_dpo_at_equal_logprobs() -> None:
 @pytest.mark.parametrize(
     ("loss", "wanted"),
     [
-        (lambda a, b: dpo(a, b, beta=0.1), math.log(2)),
-        (lambda a, b: dpo(a, b, beta=0.1, label_smoothing=0.3), math.log(2)),
-        (lambda a, b: ipo(a, b, beta=0.1), 25.0),
-        (lambda a, b: hinge(a, b, beta=0.1), 1.0),
+        (lambda p: dpo(p, beta=0.1), math.log(2)),
+        (lambda p: dpo(p, beta=0.1, label_smoothing=0.3), math.log(2)),
+        (lambda p: ipo(p, beta=0.1), 25.0),
+        (lambda p: hinge(p, beta=0.1), 1.0),
     ],
 )
-def test_loss_at_equal_logprobs(loss: Callable[[Tensor, Tensor], Tensor], wanted: float) -> None:
+def test_loss_at_equal_logprobs(loss: PairLoss, wanted: float) -> None:
     ratios = torch.tensor([0.0, -3.5, 12.0], dtype=torch.float64)
-    assert loss(ratios, ratios).tolist() == pytest.approx([wanted] * 3, rel=1e-12)
+    assert loss(pairs_of(ratios, ratios)).tolist() == pytest.approx([wanted] * 3, rel=1e-12)
 
 
 def test_extreme_margins_stay_finite() -> None:
     far = torch.tensor([1e5, -1e5], dtype=torch.float64)
-    found = dpo(far, -far, beta=0.1)
+    found = dpo(pairs_of(far, -far), beta=0.1)
     assert found.tolist() == pytest.approx([0.0, 2e4])
 
 

@@ -1,0 +1,86 @@
+"""The two passes over rows of logits that every head op is made of: log-probs, and the gradient of log-probs.
+
+They are memory-bound: `logprob_rows` reads the logits, `logit_gradient_rows_` reads and writes them, in place. Both take
+logits that already hold the bias and divide them by the temperature. Not differentiable: the ops on top of them are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metareward_kernels import dispatch
+
+
+class RowLogprobs(NamedTuple):
+    logprobs: Tensor  # [C] log softmax(logits / temperature) at the target, at most 0
+    lse: Tensor  # [C] log-sum-exp of logits / temperature
+    entropy: Tensor | None  # [C] entropy in nats of the row's distribution, where it was asked for
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _implementation(logits: Tensor) -> str:
+    return dispatch.implementation(
+        "head_rows", logits.device.type, lambda which: dispatch.unsupported_dtype(which, logits.dtype)
+    )
+
+
+def logprob_rows(
+    logits: Tensor,  # [C,V]
+    targets: Tensor,  # [C]
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> RowLogprobs:
+    """Log-prob of each row's target, and the row's log-sum-exp.
+
+    logits [C,V] contiguous float32, bfloat16 or (torch, triton) float16 and float64; targets [C] int64 in [0, V).
+    Returns float32 (float64 for float64). Both terms of a log-prob come from the same logits, so none is above 0.
+    """
+    which = _implementation(logits)
+    if which == "cpp":
+        logprobs, lse = torch.ops.metareward.logprob_rows_cpp(logits, targets.contiguous(), temperature)
+        return RowLogprobs(logprobs, lse, _entropy(logits, lse, temperature) if entropy else None)
+    scaled = logits.to(accumulation_dtype(logits.dtype)) / temperature
+    top = scaled.amax(dim=1, keepdim=True)
+    shifted = scaled.sub_(top)
+    at_target = shifted.gather(1, targets[:, None]).squeeze(1)
+    log_sum = shifted.exp().sum(dim=1).log_()
+    lse = top.squeeze(1) + log_sum
+    return RowLogprobs(at_target - log_sum, lse, _entropy(logits, lse, temperature) if entropy else None)
+
+
+def _entropy(logits: Tensor, lse: Tensor, temperature: float) -> Tensor:
+    logprobs = (logits.to(lse.dtype) / temperature).sub_(lse[:, None])
+    return -(logprobs.exp().mul_(logprobs.nan_to_num_(neginf=0.0))).sum(dim=1)
+
+
+def logit_gradient_rows_(
+    logits: Tensor,  # [C,V]
+    targets: Tensor,  # [C]
+    lse: Tensor,  # [C]
+    coefficient: Tensor,  # [C]
+    temperature: float = 1.0,
+    out: Tensor | None = None,  # [C,V]
+) -> Tensor:
+    """Gradient of sum(coefficient * logprobs) with respect to logits: coefficient (onehot - p) / temperature.
+
+    logits as in `logprob_rows`, overwritten unless `out` [C,V] is given (bfloat16 or float16, for float32 logits);
+    lse and coefficient [C] float32 (float64 for float64). The target's column is formed in fp32 before it is rounded.
+    Returns the tensor that was written.
+    """
+    which = _implementation(logits)
+    if which == "cpp" and (out is None or out.dtype == torch.bfloat16):
+        torch.ops.metareward.logit_gradient_rows_cpp_(
+            logits, targets.contiguous(), lse.contiguous(), coefficient.contiguous(), temperature, out
+        )
+        return logits if out is None else out
+    scale = (coefficient / temperature)[:, None]
+    gradient = (logits.to(lse.dtype) / temperature).sub_(lse[:, None]).exp_().mul_(-scale)
+    gradient.scatter_add_(1, targets[:, None], scale)
+    return (logits if out is None else out).copy_(gradient)
