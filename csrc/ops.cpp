@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def("bf16_linear_supported() -> bool");
   library.def("pack_bf16_weight_cpp(Tensor weight) -> Tensor");
   library.def("packed_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
+  library.def("packed_gated_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
   library.def("bf16_linear_cpp_(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
 }
 
@@ -35,6 +36,7 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("silu_mul_cpp", TORCH_BOX(&metareward::silu_mul));
   library.impl("pack_bf16_weight_cpp", TORCH_BOX(&metareward::pack_bf16_weight));
   library.impl("packed_linear_cpp_", TORCH_BOX(&metareward::packed_linear));
+  library.impl("packed_gated_linear_cpp_", TORCH_BOX(&metareward::packed_gated_linear));
   library.impl("bf16_linear_cpp_", TORCH_BOX(&metareward::bf16_linear));
 }
 

@@ -66,6 +66,7 @@ Tensor silu_mul(Tensor gate_up /* [T,2I] */);
 bool bf16_linear_supported();
 Tensor pack_bf16_weight(Tensor weight /* [N,K] */);  // [ceil(N/48),ceil(K/2),48,2], padded with zeros
 void packed_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
+void packed_gated_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
 void bf16_linear(Tensor x /* [T,K] */, Tensor weight /* [N,K] */, Tensor out /* [T,N] */);
 
 }  // namespace metareward

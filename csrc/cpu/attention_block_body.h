@@ -145,13 +145,14 @@ METAREWARD_INLINE void attend_floats(
 template <int GT, int NV>
 METAREWARD_INLINE void add_pair_scores(
     const uint16_t* const* keys, int64_t tokens, int64_t offset, const uint16_t* q, int64_t dim, int64_t left,
-    bool first, f32x16 (*partial)[16]) {
+    bool first, const uint16_t* const* ahead, f32x16 (*partial)[16]) {
   __m512i x[GT][NV];
   __mmask32 mask[NV];
   for (int d = 0; d < NV; ++d) mask[d] = first_of_32(left > 32 * d ? left - 32 * d : 0);
   for (int g = 0; g < GT; ++g)
     for (int d = 0; d < NV; ++d) x[g][d] = _mm512_maskz_loadu_epi16(mask[d], q + g * dim + 32 * d);
   for (int64_t t = 0; t < tokens; ++t) {
+    prefetch_row(ahead[t] + offset, 32 * NV);
     __m512 s[GT];
     for (int g = 0; g < GT; ++g) s[g] = first ? _mm512_setzero_ps() : (__m512)partial[g][t];
     for (int d = 0; d < NV; ++d) {
@@ -166,11 +167,13 @@ METAREWARD_INLINE void add_pair_scores(
 template <int GT, int NV>
 METAREWARD_INLINE void add_pair_values(
     const uint16_t* const* values, int64_t tokens, int64_t offset, const uint32_t (*weights)[ROW_TOKENS / 2],
-    const float* decay, __mmask32 mask, int64_t padded, float* acc) {
+    const float* decay, __mmask32 mask, int64_t padded, const uint16_t* const* ahead, float* acc) {
   f32x16 o[GT][2 * NV];
   for (int g = 0; g < GT; ++g)
     for (int d = 0; d < 2 * NV; ++d) o[g][d] = load16(acc + g * padded + 16 * d) * decay[g];
   for (int64_t t = 0; t < tokens; t += 2) {
+    prefetch_row(ahead[t] + offset, 32 * NV);
+    prefetch_row(ahead[t + 1] + offset, 32 * NV);
     const __mmask32 second = t + 1 < tokens ? ~__mmask32(0) : 0;  // a masked load reads nothing
     for (int d = 0; d < NV; ++d) {
       const __mmask32 exists = d + 1 < NV ? ~__mmask32(0) : mask;
@@ -192,12 +195,16 @@ METAREWARD_INLINE void add_pair_values(
 // As attend_floats, two bf16 values at a time. q: the queries of the GT heads, [GT, dim].
 template <int GT>
 METAREWARD_INLINE void attend_pairs(
-    const AttentionArguments& a, const RowBlock<uint16_t>& block, int64_t key_offset, int64_t value_offset,
-    int64_t head, const uint16_t* q, const RowState& state) {
+    const AttentionArguments& a, const RowBlock<uint16_t>& block, const RowBlock<uint16_t>& next, int64_t key_offset,
+    int64_t value_offset, int64_t head, const uint16_t* q, const RowState& state) {
   const __mmask32 all = ~__mmask32(0), last = first_of_32((a.dim - 1) % 32 + 1);
   float* acc = state.acc + head * a.padded;
   alignas(64) float scores[GT][ROW_TOKENS];
   alignas(64) uint32_t weights[GT][ROW_TOKENS / 2];
+  for (int64_t t = block.tokens; t < next.tokens; ++t) {  // what the loops over this block's tokens do not reach
+    prefetch_row(next.keys[t] + key_offset, a.dim);
+    prefetch_row(next.values[t] + value_offset, a.dim);
+  }
   for (int64_t first = 0; first < ROW_TOKENS; first += 16) {
     f32x16 partial[GT][16];
     const int64_t tokens = block.tokens - first < 16 ? block.tokens - first : 16;
@@ -207,10 +214,10 @@ METAREWARD_INLINE void attend_pairs(
     }
     const uint16_t* const* keys = block.keys + first;
     if (a.dim <= 64) {
-      add_pair_scores<GT, 2>(keys, tokens, key_offset, q, a.dim, a.dim, true, partial);
+      add_pair_scores<GT, 2>(keys, tokens, key_offset, q, a.dim, a.dim, true, next.keys + first, partial);
     } else {
       for (int64_t d = 0; d < a.dim; d += 128)
-        add_pair_scores<GT, 4>(keys, tokens, key_offset + d, q + d, a.dim, a.dim - d, d == 0, partial);
+        add_pair_scores<GT, 4>(keys, tokens, key_offset + d, q + d, a.dim, a.dim - d, d == 0, next.keys + first, partial);
     }
     for (int64_t t = tokens; t < 16; ++t)
       for (int g = 0; g < GT; ++g) partial[g][t] = f32x16{};
@@ -224,22 +231,25 @@ METAREWARD_INLINE void attend_pairs(
       _mm256_store_si256((__m256i*)(weights[g] + t / 2), (__m256i)_mm512_cvtneps_pbh((__m512)load16(scores[g] + t)));
   int64_t d = 0;
   for (; a.dim - d >= 64; d += 64)
-    add_pair_values<GT, 2>(block.values, block.tokens, value_offset + d, weights, decay, all, a.padded, acc + d);
+    add_pair_values<GT, 2>(
+        block.values, block.tokens, value_offset + d, weights, decay, all, a.padded, next.values, acc + d);
   for (; d < a.dim; d += 32)
     add_pair_values<GT, 1>(
-        block.values, block.tokens, value_offset + d, weights, decay, a.dim - d >= 32 ? all : last, a.padded, acc + d);
+        block.values, block.tokens, value_offset + d, weights, decay, a.dim - d >= 32 ? all : last, a.padded,
+        next.values, acc + d);
 }
 #endif
 
 // A block of tokens for GT query heads of `row`, the first of them query head `head`.
 template <class T, int GT>
 METAREWARD_INLINE void attend_block(
-    const AttentionArguments& a, const RowBlock<T>& block, int64_t row, int64_t head, const RowState& state) {
+    const AttentionArguments& a, const RowBlock<T>& block, const RowBlock<T>& next, int64_t row, int64_t head,
+    const RowState& state) {
   const int64_t key = head / a.group * a.key_strides[2], value = head / a.group * a.value_strides[2];
 #if defined(METAREWARD_AVX512_BF16)
   if constexpr (sizeof(T) == 2) {
     const uint16_t* q = (const uint16_t*)a.query + (row * a.query_heads + head) * a.dim;
-    return attend_pairs<GT>(a, block, key, value, head, q, state);
+    return attend_pairs<GT>(a, block, next, key, value, head, q, state);
   }
 #endif
   attend_floats<T, GT>(a, block, key, value, head, state);

@@ -20,6 +20,8 @@ METAREWARD_INLINE void take_tokens(
   block.tokens = end - at.start < ROW_TOKENS ? end - at.start : ROW_TOKENS;
   token_rows(a, a.key_pages, a.key_strides, segment, at.start, block.tokens, 0, block.keys);
   token_rows(a, a.value_pages, a.value_strides, segment, at.start, block.tokens, 0, block.values);
+  for (int64_t t = block.tokens; t < ROW_TOKENS; ++t)  // addresses that may be prefetched
+    block.keys[t] = block.values[t] = (const T*)a.zeros;
   at.start += block.tokens;
 }
 
@@ -28,7 +30,10 @@ template <class T>
 METAREWARD_INLINE void take_block(const AttentionArguments& a, RowCursor& at, int64_t end, RowBlock<T>& block) {
   while (at.position < end && !inlined(a, a.row_entries[at.position])) ++at.position;
   block.tokens = 0;
-  if (at.position >= end) return;
+  if (at.position >= end) {
+    for (int64_t t = 0; t < ROW_TOKENS; ++t) block.keys[t] = block.values[t] = (const T*)a.zeros;
+    return;
+  }
   const int64_t entry = a.row_entries[at.position];
   take_tokens(a, at, a.segment_of[entry], a.limits[entry], block);
   if (at.start == a.limits[entry]) at = {at.position + 1, 0};
@@ -40,18 +45,22 @@ static __attribute__((noinline)) void attend_heads(
     int64_t head_end, const RowState& state) {
   const int64_t heads = head_end - head_begin;
   for (int64_t head = head_begin; head < head_end; ++head) {
-    // A part of the next block at each head, in the order in which it lies in memory.
-    const int64_t part = head - head_begin;
-    for (int64_t t = next.tokens * part / heads; t < next.tokens * (part + 1) / heads; ++t)
+#if defined(METAREWARD_AVX512_BF16)
+    constexpr bool spread = sizeof(T) == 2;  // attend_pairs prefetches between its instructions
+#else
+    constexpr bool spread = false;
+#endif
+    const int64_t part = head - head_begin;  // a part of the next block at each head
+    for (int64_t t = next.tokens * part / heads; !spread && t < next.tokens * (part + 1) / heads; ++t) {
       prefetch_heads(next.keys[t], head_begin, head_end, a.key_strides[2], a.dim);
-    for (int64_t t = next.tokens * part / heads; t < next.tokens * (part + 1) / heads; ++t)
       prefetch_heads(next.values[t], head_begin, head_end, a.value_strides[2], a.dim);
+    }
     for (int64_t h = head * a.group; h < (head + 1) * a.group;) {
       switch ((head + 1) * a.group - h) {
-        case 1: attend_block<T, 1>(a, block, row, h, state); h += 1; break;
-        case 2: attend_block<T, 2>(a, block, row, h, state); h += 2; break;
-        case 3: attend_block<T, 3>(a, block, row, h, state); h += 3; break;
-        default: attend_block<T, 4>(a, block, row, h, state); h += 4;
+        case 1: attend_block<T, 1>(a, block, next, row, h, state); h += 1; break;
+        case 2: attend_block<T, 2>(a, block, next, row, h, state); h += 2; break;
+        case 3: attend_block<T, 3>(a, block, next, row, h, state); h += 3; break;
+        default: attend_block<T, 4>(a, block, next, row, h, state); h += 4;
       }
     }
   }

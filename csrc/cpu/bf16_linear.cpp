@@ -20,7 +20,8 @@ struct Product {
   const uint16_t* x;
   void* out;
   int64_t x_stride, out_stride, pairs, columns;  // strides in elements
-  bool bf16_out;
+  int64_t tile_size;                             // of what makes 48 columns of out
+  bool bf16_out, gated;                          // gated: a tile of the gate and one of up
 };
 
 #if defined(METAREWARD_BF16_LINEAR)
@@ -66,7 +67,7 @@ Tensor suitable_rows(const Tensor& x, int64_t pairs) {
 }
 
 // packed == nullptr: each thread packs the tiles of `weight` as it comes to them.
-void linear(const Tensor& x, const uint16_t* packed, const Tensor* weight, Tensor& out) {
+void linear(const Tensor& x, const uint16_t* packed, const Tensor* weight, Tensor& out, bool gated = false) {
   const auto dtype = out.scalar_type();
   const int64_t rows = x.size(0), k = x.size(1), columns = out.size(1);
   STD_TORCH_CHECK(
@@ -83,9 +84,11 @@ void linear(const Tensor& x, const uint16_t* packed, const Tensor* weight, Tenso
   a.out_stride = out.stride(0);
   a.columns = columns;
   a.bf16_out = dtype == ScalarType::BFloat16;
+  a.gated = gated;
+  a.tile_size = 2 * TILE * a.pairs * (gated ? 2 : 1);
 
   // Work is cut into (part of the rows, tile): one part when the tiles alone occupy the threads.
-  const int64_t tiles = (columns + TILE - 1) / TILE, tile_size = 2 * TILE * a.pairs;
+  const int64_t tiles = (columns + TILE - 1) / TILE, tile_size = a.tile_size;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, (rows + 63) / 64);
   const int64_t cached = std::max<int64_t>(1, CACHED_TILE_BYTES / std::max<int64_t>(1, 2 * tile_size));
@@ -158,6 +161,20 @@ void packed_linear(Tensor x, Tensor packed, Tensor out) {
       "packed is not what pack_bf16_weight makes of a weight [N,K] for these x and out");
 #if defined(METAREWARD_BF16_LINEAR)
   linear(x, bf16_data(packed), nullptr, out);
+#endif
+}
+
+void packed_gated_linear(Tensor x, Tensor packed, Tensor out) {
+  check_supported();
+  check_matrix(x, "x");
+  STD_TORCH_CHECK(
+      packed.dim() == 5 && packed.scalar_type() == ScalarType::BFloat16 && packed.is_contiguous() &&
+          packed.size(1) == 2 && packed.size(3) == TILE && packed.size(4) == 2 &&
+          packed.size(2) == (x.size(1) + 1) / 2 && out.dim() == 2 &&
+          packed.size(0) == (out.size(1) + TILE - 1) / TILE,
+      "packed is not the stacked tiles of a gate [N,K] and an up [N,K] for these x and out");
+#if defined(METAREWARD_BF16_LINEAR)
+  linear(x, bf16_data(packed), nullptr, out, true);
 #endif
 }
 

@@ -6,6 +6,10 @@
 // inputs of each of up to 8 rows, 3 vectors of weights and 24 sums in registers. Each sum runs over K from the front,
 // whatever the number of rows beside it, so a row's result depends on nothing but the row and the weights.
 
+#define METAREWARD_AVX512
+#include "vector_math_body.h"
+#undef METAREWARD_AVX512
+
 static const int64_t ROWS = 8;  // of x at a time: 24 sums, 3 weights and an input make 28 of the 32 registers
 
 // Columns 0..15 of 16 rows of pairs: out[i] holds pair i of every row.
@@ -54,11 +58,10 @@ static void pack_tile(const uint16_t* weight, int64_t stride, int64_t columns, i
   }
 }
 
-// Rows t..t+M-1 of x times one tile, to the columns from n on.
+// sum[i][j] = rows t..t+M-1 of x times vector j of one tile.
 template <int M>
-static void product_rows(const Product& a, int64_t t, const uint16_t* tile, int64_t n) {
+METAREWARD_INLINE void multiply(const Product& a, int64_t t, const uint16_t* tile, __m512 (*sum)[3]) {
   const uint16_t* x = a.x + t * a.x_stride;
-  __m512 sum[M][3];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = sum[i][2] = _mm512_setzero_ps();
   for (int64_t p = 0; p < a.pairs; ++p) {
@@ -75,19 +78,50 @@ static void product_rows(const Product& a, int64_t t, const uint16_t* tile, int6
       sum[i][2] = _mm512_dpbf16_ps(sum[i][2], both, w2);
     }
   }
-  const int64_t columns = a.columns - n;
+}
+
+// Columns n + 16 j of row t, as many of the 16 as there are.
+METAREWARD_INLINE void store_sum(const Product& a, int64_t t, int64_t n, int j, __m512 sum) {
+  const int64_t at = t * a.out_stride + n + 16 * j, left = a.columns - n - 16 * j;
+  const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1u << left) - 1u : 0;
+  if (a.bf16_out) {
+    _mm256_mask_storeu_epi16((uint16_t*)a.out + at, mask, (__m256i)_mm512_cvtneps_pbh(sum));
+  } else {
+    _mm512_mask_storeu_ps((float*)a.out + at, mask, sum);
+  }
+}
+
+// Rows t..t+M-1 of x times one tile, to the columns from n on.
+template <int M>
+static void product_rows(const Product& a, int64_t t, const uint16_t* tile, int64_t n) {
+  __m512 sum[M][3];
+  multiply<M>(a, t, tile, sum);
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
-    const int64_t at = (t + i) * a.out_stride + n;
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) store_sum(a, t + i, n, j, sum[i][j]);
+  }
+}
+
+// The same with a pair of tiles, gate and up: gate / (1 + e^-gate) * up, in fp32 until it is stored.
+template <int M>
+static void gated_rows(const Product& a, int64_t t, const uint16_t* tile, int64_t n) {
+  alignas(64) float gates[M][48];
+  __m512 sum[M][3];
+  multiply<M>(a, t, tile, sum);
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) _mm512_store_ps(gates[i] + 16 * j, sum[i][j]);
+  }
+  multiply<M>(a, t, tile + 2 * TILE * a.pairs, sum);
+  for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j) {
-      const int64_t left = columns - 16 * j;
-      const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1u << left) - 1u : 0;
-      if (a.bf16_out) {
-        _mm256_mask_storeu_epi16((uint16_t*)a.out + at + 16 * j, mask, (__m256i)_mm512_cvtneps_pbh(sum[i][j]));
-      } else {
-        _mm512_mask_storeu_ps((float*)a.out + at + 16 * j, mask, sum[i][j]);
-      }
+      const f32x16 gate = load16(gates[i] + 16 * j);
+      const f32x16 e = exp2_16(((gate < 0.0f) ? gate : -gate) * 1.44269504f);  // of -|gate|, which cannot overflow
+      const f32x16 sigmoid = ((gate < 0.0f) ? e : f32x16{} + 1.0f) / (1.0f + e);
+      store_sum(a, t + i, n, j, (__m512)(gate * sigmoid * (f32x16)sum[i][j]));
     }
   }
 }
@@ -95,11 +129,14 @@ static void product_rows(const Product& a, int64_t t, const uint16_t* tile, int6
 // Rows begin..end-1 times `tiles` tiles, to the columns from n on.
 static void product_block(const Product& a, int64_t begin, int64_t end, const uint16_t* tile, int64_t tiles, int64_t n) {
   typedef void (*Rows)(const Product&, int64_t, const uint16_t*, int64_t);
-  static const Rows of[ROWS + 1] = {nullptr,         product_rows<1>, product_rows<2>, product_rows<3>, product_rows<4>,
-                                    product_rows<5>, product_rows<6>, product_rows<7>, product_rows<8>};
+  static const Rows plain[ROWS] = {product_rows<1>, product_rows<2>, product_rows<3>, product_rows<4>,
+                                   product_rows<5>, product_rows<6>, product_rows<7>, product_rows<8>};
+  static const Rows gated[ROWS] = {gated_rows<1>, gated_rows<2>, gated_rows<3>, gated_rows<4>,
+                                   gated_rows<5>, gated_rows<6>, gated_rows<7>, gated_rows<8>};
+  const Rows* of = a.gated ? gated : plain;
   const int64_t blocks = (end - begin + ROWS - 1) / ROWS;
   for (int64_t b = 0; b < blocks; ++b) {  // of nearly equal height: 9 rows as 4 and 5
     const int64_t first = begin + (end - begin) * b / blocks, last = begin + (end - begin) * (b + 1) / blocks;
-    for (int64_t i = 0; i < tiles; ++i) of[last - first](a, first, tile + i * 2 * TILE * a.pairs, n + i * TILE);
+    for (int64_t i = 0; i < tiles; ++i) of[last - first - 1](a, first, tile + i * a.tile_size, n + i * TILE);
   }
 }

@@ -51,6 +51,20 @@ char* row(const Tensor& x, int64_t t, bool bf16) {
   return static_cast<char*>(x.data_ptr()) + t * x.stride(0) * (bf16 ? 2 : 4);
 }
 
+constexpr int64_t AHEAD = 6;  // tokens: their slots lie all over the cache, so every line of them is a miss
+
+void prefetch_slot(const RotateArguments& a, int64_t t) {
+  const int64_t size = a.bf16 ? 2 : 4, page = a.slots[t] / a.page, offset = a.slots[t] % a.page;
+  for (int64_t h = 0; h < a.kv_heads; ++h) {
+    const int64_t key = page * a.key_strides[0] + offset * a.key_strides[1] + h * a.key_strides[2];
+    const int64_t value = page * a.value_strides[0] + offset * a.value_strides[1] + h * a.value_strides[2];
+    for (int64_t i = 0; i < a.dim * size; i += 64) {
+      __builtin_prefetch(static_cast<char*>(a.key_pages) + key * size + i, 1);
+      __builtin_prefetch(static_cast<char*>(a.value_pages) + value * size + i, 1);
+    }
+  }
+}
+
 }  // namespace
 
 Tensor add_rms_norm(Tensor residual, std::optional<Tensor> delta, Tensor weight, double eps) {
@@ -137,7 +151,10 @@ Tensor rotate_and_store(
   a.eps = float(eps);
   const auto pass = METAREWARD_SIMD_PICK(rotate_token);
   torch::stable::parallel_for(0, tokens, grain(qkv.size(1)), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) pass(a, t);
+    for (int64_t t = begin; t < end; ++t) {
+      if (t + AHEAD < end) prefetch_slot(a, t + AHEAD);
+      pass(a, t);
+    }
   });
   return out;
 }

@@ -11,12 +11,18 @@ from metareward_kernels.dispatch import implementation, report
 from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
 from metareward_kernels.linear_fp32 import linear_fp32, pack_bf16_weight, packed_bf16_linear
 from metareward_kernels.linear_logprob import linear_logprob
-from metareward_kernels.packed_linear import PackedLinear, pack_linear
+from metareward_kernels.packed_linear import (
+    PackedGatedLinear,
+    PackedLinear,
+    pack_gated_linear,
+    pack_linear,
+)
 from metareward_kernels.paged_attention import Segments, paged_attention
 from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
 
 __all__ = [
+    "PackedGatedLinear",
     "PackedLinear",
     "Segments",
     "add_rms_norm",
@@ -25,6 +31,7 @@ __all__ = [
     "linear_fp32",
     "linear_logprob",
     "pack_bf16_weight",
+    "pack_gated_linear",
     "pack_linear",
     "packed_bf16_linear",
     "paged_attention",

@@ -99,4 +99,5 @@ def register() -> None:
     torch.library.register_fake("metareward::silu_mul_cpp", _silu_mul)
     torch.library.register_fake("metareward::pack_bf16_weight_cpp", _pack_bf16_weight)
     torch.library.register_fake("metareward::packed_linear_cpp_", _linear_into)
+    torch.library.register_fake("metareward::packed_gated_linear_cpp_", _linear_into)
     torch.library.register_fake("metareward::bf16_linear_cpp_", _linear_into)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metareward_kernels.dispatch import ENVIRONMENT_VARIABLE, implementation
+from metareward_kernels.fused_rows import silu_mul
 from metareward_kernels.linear_fp32 import pack_bf16_weight, packed_bf16_linear
 
 
@@ -108,3 +109,66 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     if bias is not None and bias.dtype != weight.dtype:
         raise TypeError(f"weight and bias differ in dtype: {weight.dtype} and {bias.dtype}")
     return PackedLinear(weight, bias)
+
+
+class PackedGatedLinear:
+    """x [..., K] -> silu(x @ gate.T) * (x @ up.T) [..., I]; made by `pack_gated_linear`. Not differentiable.
+
+    Where the compiled product runs, the activation is part of it and the two products are not rounded in between;
+    elsewhere `silu_mul` follows one product. implementation and reason: as of `PackedLinear`.
+    """
+
+    def __init__(self, gate_up: Tensor, bias: Tensor | None = None) -> None:
+        self._size, self._inputs = gate_up.shape[0] // 2, gate_up.shape[1]
+        self._tiles: Tensor | None = None
+        self._linear: PackedLinear | None = None
+        if bias is None and has_tiles(gate_up):
+            halves = gate_up.detach().split(self._size)
+            self._tiles = torch.stack([pack_bf16_weight(half) for half in halves], dim=1)
+            self.implementation, self.reason = "cpp", None
+            return
+        self._linear = pack_linear(gate_up, bias)
+        self.implementation, self.reason = self._linear.implementation, self._linear.reason
+
+    @property
+    def fused(self) -> bool:
+        """Whether the activation is part of the product."""
+        return self._tiles is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Raises ValueError for an x that does not fit the weight, TypeError for another dtype."""
+        if self._tiles is None:
+            assert self._linear is not None
+            both = self._linear(x)
+            return silu_mul(both.view(-1, both.shape[-1])).view(*x.shape[:-1], self._size)
+        if x.dtype != torch.bfloat16:
+            raise TypeError(f"x is {x.dtype}, the weight torch.bfloat16")
+        if x.shape[-1] != self._inputs:
+            raise ValueError(f"x {list(x.shape)} does not fit a weight [{2 * self._size}, {self._inputs}]")
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        out = x.new_empty(len(rows), self._size)
+        torch.ops.metareward.packed_gated_linear_cpp_.default(rows, self._tiles, out)
+        return out.view(*x.shape[:-1], self._size)
+
+    def __repr__(self) -> str:
+        return f"PackedGatedLinear({self._size}, {self.implementation})"
+
+
+def pack_gated_linear(gate_up: Tensor, bias: Tensor | None = None) -> PackedGatedLinear:
+    """Pack gate and up [2I,K], gate first (and bias [2I]), for inference; see `PackedGatedLinear`.
+
+    Costs a copy of the weight. Raises ValueError for other shapes, TypeError for a bias of another dtype.
+    """
+    if (
+        gate_up.dim() != 2
+        or gate_up.shape[0] % 2 != 0
+        or (bias is not None and bias.shape != gate_up.shape[:1])
+    ):
+        raise ValueError(
+            f"need gate_up [2I,K] and bias [2I], got {list(gate_up.shape)} and "
+            f"{None if bias is None else list(bias.shape)}"
+        )
+    if bias is not None and bias.dtype != gate_up.dtype:
+        raise TypeError(f"weight and bias differ in dtype: {gate_up.dtype} and {bias.dtype}")
+    return PackedGatedLinear(gate_up, bias)

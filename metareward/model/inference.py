@@ -13,15 +13,16 @@ from typing import cast
 
 import torch
 from metareward_kernels import (
+    PackedGatedLinear,
     PackedLinear,
     Segments,
     add_rms_norm,
     linear_fp32,
     pack_bf16_weight,
+    pack_gated_linear,
     pack_linear,
     paged_attention,
     rotate_and_store,
-    silu_mul,
 )
 from metareward_kernels.attention_tiles import TileTable
 from metareward_kernels.packed_linear import has_tiles
@@ -45,7 +46,7 @@ class Layer:
 
     qkv: PackedLinear
     out: PackedLinear
-    gate_up: PackedLinear
+    gate_up: PackedGatedLinear
     down: PackedLinear
 
 
@@ -110,8 +111,13 @@ class InferenceDecoder:
             key = (self._places, sum(parameter._version for parameter in parameters))
         if key != self._key:
             self.layers = [
-                Layer(*(pack_linear(part.weight.detach(), part.bias) for part in weights))
-                for weights in self._weights
+                Layer(
+                    pack_linear(qkv.weight.detach(), qkv.bias),
+                    pack_linear(out.weight.detach(), out.bias),
+                    pack_gated_linear(gate_up.weight.detach(), gate_up.bias),
+                    pack_linear(down.weight.detach(), down.bias),
+                )
+                for qkv, out, gate_up, down in self._weights
             ]
             head = self.decoder.head_weight.detach()
             self._head = pack_bf16_weight(head) if has_tiles(head) else None
@@ -155,7 +161,7 @@ class InferenceDecoder:
             query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
             delta = layer.out(paged_attention(query, keys, values, segments, scale, tiles).flatten(1))
             x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
-            delta = layer.down(silu_mul(layer.gate_up(x)))
+            delta = layer.down(layer.gate_up(x))
         assert delta is not None
         last = add_rms_norm(residual[rows], delta[rows], trunk.norm.weight, eps)
         return linear_fp32(

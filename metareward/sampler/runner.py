@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from metareward_kernels import keyed_uniforms, sample_tokens
+from metareward_kernels import implementation, keyed_uniforms, sample_tokens
 from metareward_kernels.paged_attention import chosen_for
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.inference import InferenceDecoder
+from metareward.sampler.cache_memory import empty_pages
 from metareward.sampler.graphs import DecodeGraphs
 from metareward.sampler.inputs import Inputs, Tiling, as_inputs, host_arrays, tiling_of, to_device
 from metareward.sampler.request import SamplingParams
@@ -115,7 +116,12 @@ class Runner:
         """What else the report of the engine says of its operations."""
         found = {"paged_attention": chosen_for(self.device.type, self.dtype, self.model.config.head_dim)}
         if self.model.layers:
-            found["linear"] = self.model.layers[0].qkv.implementation
+            layer = self.model.layers[0]
+            found["linear"] = layer.qkv.implementation
+            if layer.gate_up.fused:
+                found["silu_mul"] = "in the product of gate and up"
+        if self.dtype == torch.bfloat16 and self.device.type == "cpu":
+            found["head"] = implementation("linear_fp32")
         if self.device.type == "cuda":
             graphs = self._cuda_graphs is not False and found["paged_attention"] == "triton"
             found["decode_steps"] = "CUDA graphs" if graphs else "launched one by one"
@@ -131,10 +137,13 @@ class Runner:
         shape = (pages + 1, config.num_kv_heads, self.page_size, config.head_dim)
         for store in (self.key_pages, self.value_pages):
             if not store:
-                store.extend(self._empty((0, *shape[1:])).transpose(1, 2) for _ in range(config.num_layers))
+                store.extend(
+                    empty_pages((0, *shape[1:]), self.dtype, self.device).transpose(1, 2)
+                    for _ in range(config.num_layers)
+                )
             # Layer by layer, so that only one layer is ever held twice.
             for layer, old in enumerate(store):
-                store[layer] = self._empty(shape).transpose(1, 2)
+                store[layer] = empty_pages(shape, self.dtype, self.device).transpose(1, 2)
                 if keep:
                     store[layer][: len(old)] = old
 
@@ -199,6 +208,3 @@ class Runner:
         for store in (self.key_pages, self.value_pages):
             for pages in store:
                 pages.index_copy_(0, target, pages.index_select(0, source))
-
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from metareward_kernels import implementation, pack_linear, packed_linear
+from metareward_kernels import implementation, pack_gated_linear, pack_linear, packed_linear
 from metareward_kernels.packed_linear import why_not_packed
 from torch import Tensor
 
@@ -91,3 +91,57 @@ def test_bad_arguments() -> None:
         pack_linear(weight)(torch.ones(2, 8).bfloat16())
     with pytest.raises(TypeError, match="float32"):
         pack_linear(weight)(torch.ones(2, 16))
+
+
+def assert_gated(found: Tensor, x: Tensor, gate_up: Tensor, bias: Tensor | None, *, fused: bool) -> None:
+    """Near the fp64 result: rounded once where it is fused, after the products and after the activation else."""
+    both = F.linear(x.double(), gate_up.double(), None if bias is None else bias.double())
+    gate, up = both.chunk(2, dim=-1)
+    exact = F.silu(gate) * up
+    # A rounded gate moves silu by at most 1.1 times as much, a rounded up scales with the result.
+    slack = 0.0 if fused else 2.0**-8 * (1.1 * gate.abs() * up.abs() + exact.abs())
+    assert found.shape == exact.shape
+    assert found.dtype == x.dtype
+    assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + slack + 2e-5).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("size", "inputs"), [(48, 64), (1, 7), (33, 576), (200, 96)])
+def test_gated_product(chosen: str, size: int, inputs: int, bias: bool) -> None:
+    torch.manual_seed(size)
+    gate_up = (torch.randn(2 * size, inputs) * 3.0 * inputs**-0.5).bfloat16()
+    added = torch.randn(2 * size).bfloat16() if bias else None
+    linear = pack_gated_linear(gate_up, added)
+    assert linear.implementation == chosen
+    assert linear.fused == (chosen == "cpp" and not bias)
+    for rows in ROWS:
+        x = torch.randn(rows, inputs).bfloat16()
+        assert_gated(linear(x), x, gate_up, added, fused=linear.fused)
+
+
+def test_gated_product_of_extreme_gates_and_other_strides(chosen: str) -> None:
+    gate_up = torch.cat([torch.eye(16), torch.ones(16, 16)]).bfloat16()
+    linear = pack_gated_linear(gate_up)
+    x = torch.zeros(4, 16).bfloat16()
+    x[0, 0], x[1, 1], x[2, 2] = 1e4, -1e4, float("nan")
+    found = linear(x)
+    assert float(found[0, 0]) == pytest.approx(1e8, rel=0.01)
+    assert float(found[1, 1]) == 0.0
+    assert found[2].isnan().all()
+    assert not found[[0, 1, 3]].isnan().any()
+    wide = torch.randn(6, 32).bfloat16()
+    for view in (wide[:, ::2], wide[::2, :16], wide[0, :16], wide.view(2, 3, 32)[..., :16], wide[:0, :16]):
+        assert_gated(linear(view), view, gate_up, None, fused=linear.fused)
+
+
+def test_gated_product_says_what_does_not_fit(chosen: str) -> None:
+    linear = pack_gated_linear(torch.randn(8, 16).bfloat16())
+    assert linear.implementation == chosen
+    with pytest.raises(ValueError, match="does not fit"):
+        linear(torch.zeros(3, 15).bfloat16())
+    with pytest.raises(TypeError, match="x is"):
+        linear(torch.zeros(3, 16))
+    with pytest.raises(ValueError, match="gate_up"):
+        pack_gated_linear(torch.zeros(7, 16).bfloat16())
+    with pytest.raises(TypeError, match="differ in dtype"):
+        pack_gated_linear(torch.zeros(8, 16).bfloat16(), torch.zeros(8))
