@@ -159,11 +159,14 @@ class InferenceDecoder:
             query_norm = attention.q_norm.weight if attention.qk_norm else None
             key_norm = attention.k_norm.weight if attention.qk_norm else None
             query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
-            delta = layer.out(paged_attention(query, keys, values, segments, scale, tiles).flatten(1))
+            seen = paged_attention(query, keys, values, segments, scale, tiles).flatten(1)
+            if index == len(self.layers) - 1:  # its keys and values are stored; the rest serves the logits alone
+                seen, residual = seen[rows], residual[rows]
+            delta = layer.out(seen)
             x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
             delta = layer.down(layer.gate_up(x))
         assert delta is not None
-        last = add_rms_norm(residual[rows], delta[rows], trunk.norm.weight, eps)
+        last = add_rms_norm(residual, delta, trunk.norm.weight, eps)
         return linear_fp32(
             last, self.decoder.head_weight, packed=self._head, out=self._buffer(len(rows), last)
         )
