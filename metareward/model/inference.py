@@ -160,7 +160,9 @@ class InferenceDecoder:
             key_norm = attention.k_norm.weight if attention.qk_norm else None
             query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
             seen = paged_attention(query, keys, values, segments, scale, tiles).flatten(1)
-            if index == len(self.layers) - 1:  # its keys and values are stored; the rest serves the logits alone
+            if (
+                index == len(self.layers) - 1
+            ):  # its keys and values are stored; the rest serves the logits alone
                 seen, residual = seen[rows], residual[rows]
             delta = layer.out(seen)
             x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
