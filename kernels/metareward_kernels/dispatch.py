@@ -32,7 +32,16 @@ OPS = (
 ENVIRONMENT_VARIABLE = "METAREWARD_KERNELS"
 CHOICES = ("torch", "cpp", "triton")
 TRITON_OPS = frozenset(
-    ("paged_attention", "sample_tokens", "keyed_uniforms", "add_rms_norm", "rotate_and_store", "silu_mul")
+    (
+        "linear_logprob",
+        "head_rows",
+        "paged_attention",
+        "sample_tokens",
+        "keyed_uniforms",
+        "add_rms_norm",
+        "rotate_and_store",
+        "silu_mul",
+    )
 )
 
 
@@ -98,7 +107,7 @@ def _missing_for_cpp(device: str) -> str | None:
 
 
 def unsupported_dtype(implementation: str, dtype: torch.dtype) -> str | None:
-    """Why the sampler's kernels of `implementation` cannot take `dtype` (a phrase), or None."""
+    """Why the kernels of `implementation` cannot take `dtype` (a phrase), or None."""
     if implementation == "triton":
         known = dtype in (torch.float32, torch.float16, torch.bfloat16)
         return None if known else f"the Triton kernel takes float32, float16 and bfloat16, not {dtype}"

@@ -43,6 +43,10 @@ def logprob_rows(
     Returns float32 (float64 for float64). Both terms of a log-prob come from the same logits, so none is above 0.
     """
     which = _implementation(logits)
+    if which == "triton":
+        from metareward_kernels.triton_head_rows import logprob_rows_triton
+
+        return RowLogprobs(*logprob_rows_triton(logits, targets, temperature, entropy))
     if which == "cpp":
         logprobs, lse = torch.ops.metareward.logprob_rows_cpp(logits, targets.contiguous(), temperature)
         return RowLogprobs(logprobs, lse, _entropy(logits, lse, temperature) if entropy else None)
@@ -75,6 +79,10 @@ def logit_gradient_rows_(
     Returns the tensor that was written.
     """
     which = _implementation(logits)
+    if which == "triton":
+        from metareward_kernels.triton_head_rows import logit_gradient_rows_triton_
+
+        return logit_gradient_rows_triton_(logits, targets, lse, coefficient, temperature, out)
     if which == "cpp" and (out is None or out.dtype == torch.bfloat16):
         torch.ops.metareward.logit_gradient_rows_cpp_(
             logits, targets.contiguous(), lse.contiguous(), coefficient.contiguous(), temperature, out

@@ -17,10 +17,29 @@ if TYPE_CHECKING:
 MASK32 = 0xFFFFFFFF
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log softmax(hidden @ weight.T / temperature) at the targets. [T,H], [V,H], [T] -> [T]. Holds [T,V]."""
-    logits = hidden @ weight.T / temperature
-    return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+def head_distribution(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """log softmax((hidden @ weight.T + bias) / temperature). [T,H], [V,H], [V] -> [T,V]."""
+    logits = hidden @ weight.T
+    return ((logits if bias is None else logits + bias) / temperature).log_softmax(dim=-1)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The head's log-probs at the targets. [T,H], [V,H], [T] -> [T]. Holds [T,V]."""
+    return head_distribution(hidden, weight, bias, temperature).gather(1, targets[:, None]).squeeze(1)
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """Entropy in nats of each distribution. [T,V] -> [T]; an entry of probability 0 adds 0."""
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(dim=-1)
 
 
 def paged_attention(

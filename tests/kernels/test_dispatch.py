@@ -73,8 +73,8 @@ def test_triton_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatc
         RuntimeError, match=r"METAREWARD_KERNELS=triton, but sample_tokens cannot run so: .* not on cpu"
     ):
         implementation("sample_tokens")
-    with pytest.raises(RuntimeError, match="linear_logprob has no Triton kernel"):
-        implementation("linear_logprob", "cuda")
+    with pytest.raises(RuntimeError, match="linear_fp32 has no Triton kernel"):
+        implementation("linear_fp32", "cuda")
     with pytest.raises(RuntimeError, match="takes no complex numbers"):
         implementation("sample_tokens", "cuda", unsupported="it takes no complex numbers")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

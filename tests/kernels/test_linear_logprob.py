@@ -86,6 +86,70 @@ def test_gradcheck_in_fp64() -> None:
     )
 
 
+def test_gradcheck_with_a_bias() -> None:
+    hidden, weight, targets = make(5, 4, 6, torch.float64)
+    bias = torch.randn(6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_logprob(h, w, targets, bias=b, temperature=1.3, chunk_tokens=2),
+        (hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_bias_and_its_gradient(frozen: bool) -> None:
+    hidden, weight, targets = make(37, 24, 1280)
+    bias, seed_grad = torch.randn(2560)[::2].requires_grad_(), torch.randn(37)
+    exact_bias = bias.detach().double().requires_grad_()
+    exact = reference.linear_logprob(
+        hidden.double(), weight.double(), targets, bias=exact_bias, temperature=0.7
+    )
+    exact.backward(seed_grad.double())
+    # With hidden and weight frozen the bias alone is trained; without, all three are.
+    leaves = [hidden.requires_grad_(not frozen), weight.requires_grad_(not frozen)]
+    found = linear_logprob(leaves[0], leaves[1], targets, bias=bias, temperature=0.7, chunk_tokens=10)
+    found.backward(seed_grad)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-5, atol=2e-5)
+    assert bias.grad is not None
+    assert exact_bias.grad is not None
+    torch.testing.assert_close(bias.grad.double(), exact_bias.grad, rtol=2e-5, atol=2e-5)
+    assert (hidden.grad is None) == frozen
+
+
+def test_a_bias_takes_entries_out_of_the_vocabulary() -> None:
+    hidden, weight, targets = make(20, 8, 40)
+    bias = torch.zeros(40)
+    bias[25:] = -torch.inf
+    weight.requires_grad_()
+    inside = targets % 25
+    found, entropy = linear_logprob(hidden, weight, inside, bias=bias, return_entropy=True)
+    fewer, fewer_entropy = linear_logprob(hidden, weight[:25], inside, return_entropy=True)
+    torch.testing.assert_close(found, fewer)
+    torch.testing.assert_close(entropy, fewer_entropy)
+    found.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad[25:].any()
+    assert weight.grad[:25].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_entropy(dtype: torch.dtype) -> None:
+    hidden, weight, targets = make(70, 16, 501, dtype)
+    hidden[0] = 0.0  # a flat row: ln V
+    hidden[1] *= 100.0  # nearly certain: 0
+    logprobs, entropy = linear_logprob(
+        hidden.requires_grad_(), weight, targets, temperature=0.9, return_entropy=True, chunk_tokens=30
+    )
+    exact = reference.entropy(
+        reference.head_distribution(hidden.detach().double(), weight.double(), temperature=0.9)
+    )
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-5, atol=2e-5)
+    assert logprobs.requires_grad
+    assert not entropy.requires_grad
+    assert entropy.dtype == logprobs.dtype
+    without = linear_logprob(hidden, weight, targets, temperature=0.9, chunk_tokens=30)
+    assert logprobs.equal(without)
+
+
 @pytest.mark.parametrize("offset", [0.0, -100.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_never_above_zero(offset: float, dtype: torch.dtype) -> None:
@@ -188,6 +252,14 @@ def test_bad_arguments() -> None:
         linear_logprob(hidden, weight, targets.int())
     with pytest.raises(ValueError, match="one target a token"):
         linear_logprob(hidden, weight, targets[:2])
+    with pytest.raises(TypeError, match="bias must have the weight's dtype"):
+        linear_logprob(hidden, weight, targets, bias=torch.zeros(9).double())
+    with pytest.raises(ValueError, match=r"need bias \[V\]"):
+        linear_logprob(hidden, weight, targets, bias=torch.zeros(8))
+    with pytest.raises(ValueError, match="vocabulary of at least 1"):
+        linear_logprob(hidden, weight[:0], targets)
+    with pytest.raises(ValueError, match="one device, got cpu, meta"):
+        linear_logprob(hidden, weight.to("meta"), targets)
     with pytest.raises(ValueError, match="temperature"):
         linear_logprob(hidden, weight, targets, temperature=0.0)
     with pytest.raises(ValueError, match="chunk_tokens"):
@@ -198,8 +270,10 @@ def test_opcheck() -> None:
     hidden, weight, targets = make(6, 4, 9)
     strided = torch.randn(6, 8)[:, ::2]
     for states, ids in [(hidden, targets), (strided, targets), (hidden[:0], targets[:0])]:
-        arguments = (states.detach().requires_grad_(), weight.detach().requires_grad_(), ids, 0.9, 4)
-        torch.library.opcheck(torch.ops.metareward.linear_logprob.default, arguments)
-        lse = torch.randn(ids.shape[0])
-        backward = (lse.clone(), states, weight, ids, lse, 0.9, 4, True, True)
-        torch.library.opcheck(torch.ops.metareward.linear_logprob_backward.default, backward)
+        for bias in (None, torch.randn(18)[::2].requires_grad_()):
+            leaves = (states.detach().requires_grad_(), weight.detach().requires_grad_())
+            arguments = (*leaves, ids, bias, 0.9, 4, bias is not None)
+            torch.library.opcheck(torch.ops.metareward.linear_logprob.default, arguments)
+            lse, constant = torch.randn(ids.shape[0]), None if bias is None else bias.detach()
+            backward = (lse.clone(), states, weight, ids, constant, lse, 0.9, 4, True, True, bias is not None)
+            torch.library.opcheck(torch.ops.metareward.linear_logprob_backward.default, backward)

@@ -1,0 +1,379 @@
+"""linear_logprob on a GPU, in Triton: products with the softmax's passes in their epilogues; logits are never stored.
+
+Forward: a program per (tile of tokens, split of the vocabulary) goes through the split tile by tile, keeps each token's
+running maximum, sum of exponentials and, for the entropy, weighted sum, and picks the target's logit out of the same
+tile. The splits [splits,T] are merged in their order. Neighbouring programs share token tiles and weight tiles in L2.
+Backward: the vocabulary goes by in slabs. A kernel makes the logits of all tokens again and writes their gradient
+[T,slab] in the inputs' dtype, the target's column formed in fp32; cuBLAS multiplies it with the weight's slab, added up
+in fp32, and with the hidden states: each row of the weight's gradient is one product over all tokens.
+No atomics: a rerun on one device is bitwise equal.
+
+FLOP: 2THV forward; 6THV backward, 4THV with one input frozen. Memory beyond inputs and gradients: 12 T (splits + 1)
+bytes forward; backward the slab, at most chunk_tokens * V numbers, and fp32 [T,H] where there is more than one slab.
+Bound by the products. It compiles for sm_80 and sm_90 and is tested in Triton's interpreter, but it has never run on a
+GPU. fp32 inputs keep fp32 products (no TF32), which are slow: they are there for checks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metareward_kernels.triton_head_rows import LOG2_E, Partials, finite_top, processors, rebased
+
+WAVES = 32  # programs a multiprocessor gets: many, so that the last, partly empty wave costs little
+
+
+class Tuning(NamedTuple):
+    """How a product is cut. Hidden states are read in tiles [tokens,depth], weights in [vocabulary,depth]."""
+
+    tokens: int
+    vocabulary: int
+    depth: int
+    warps: int
+    stages: int
+    group: int = 16  # token tiles that run side by side, so that a weight tile is read from L2
+
+
+# (architecture, bytes of an element, few tokens?). On sm_90 a product is a wgmma of 64 tokens a group of four warps;
+# 128 accumulators a thread leave room for the epilogue. Consumer chips of sm_86, 89 and 120 have 99 KiB of shared
+# memory and take sm_80's.
+TUNINGS = {
+    (80, 2, False): Tuning(tokens=128, vocabulary=128, depth=32, warps=4, stages=4),
+    (80, 2, True): Tuning(tokens=32, vocabulary=128, depth=64, warps=4, stages=4),
+    (90, 2, False): Tuning(tokens=128, vocabulary=256, depth=64, warps=8, stages=3),
+    (90, 2, True): Tuning(tokens=64, vocabulary=128, depth=64, warps=4, stages=4),
+    (80, 4, False): Tuning(tokens=64, vocabulary=64, depth=32, warps=8, stages=3),
+    (80, 4, True): Tuning(tokens=16, vocabulary=64, depth=32, warps=4, stages=3),
+    (90, 4, False): Tuning(tokens=64, vocabulary=64, depth=32, warps=8, stages=3),
+    (90, 4, True): Tuning(tokens=16, vocabulary=64, depth=32, warps=4, stages=3),
+}
+
+
+@triton.jit
+def product(
+    hidden_at,
+    weight_at,
+    width,
+    hidden_step,
+    weight_step,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """fp32 [M,N] product of a tile of tokens and one of the vocabulary, from pointers [M,K] and [K,N] to their first
+    BLOCK_K channels. EVEN: `width` is a multiple of BLOCK_K.
+    """
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    channel = tl.arange(0, BLOCK_K)
+    for start in range(0, width, BLOCK_K):
+        if EVEN:
+            a = tl.load(hidden_at)
+            b = tl.load(weight_at)
+        else:
+            left = width - start
+            a = tl.load(hidden_at, mask=(channel < left)[None, :], other=0.0)
+            b = tl.load(weight_at, mask=(channel < left)[:, None], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+        hidden_at += BLOCK_K * hidden_step
+        weight_at += BLOCK_K * weight_step
+    return sums
+
+
+@triton.jit
+def grouped(program, token_tiles, others, GROUP: tl.constexpr):
+    """(token tile, other tile) of a program: groups of GROUP token tiles, in each the other tiles one by one."""
+    first = program // (GROUP * others) * GROUP
+    size = tl.minimum(token_tiles - first, GROUP)
+    inside = program % (GROUP * others)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def logprob_tiles(
+    hidden,  # [T,H]
+    weight,  # [V,H]
+    bias,  # [V]
+    targets,  # [T]
+    tops,  # [splits,T]
+    totals,  # [splits,T]
+    weights,  # [splits,T]
+    target_logits,  # [T]
+    tokens,
+    vocabulary,
+    width,
+    hidden_row,
+    hidden_step,
+    weight_row,
+    weight_step,
+    splits,
+    tiles_per_split,
+    scale,  # log2(e) / temperature
+    BIAS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    token_tile, split = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), splits, GROUP)
+    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = token < tokens
+    # Rows past the end read the last one again: no mask in the product's loop. Nothing of them is stored.
+    row = tl.minimum(token, tokens - 1).to(tl.int64)
+    target = tl.load(targets + row)
+    channel = tl.arange(0, BLOCK_K).to(tl.int64)
+    hidden_at = hidden + (row * hidden_row)[:, None] + (channel * hidden_step)[None, :]
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M], tl.float32)
+    first = split * tiles_per_split * BLOCK_N
+    last = tl.minimum(first + tiles_per_split * BLOCK_N, vocabulary)
+    for start in range(first, last, BLOCK_N):
+        entry = start + tl.arange(0, BLOCK_N)
+        column = tl.minimum(entry, vocabulary - 1).to(tl.int64)
+        weight_at = weight + (column * weight_row)[None, :] + (channel * weight_step)[:, None]
+        logit = product(
+            hidden_at,
+            weight_at,
+            width,
+            hidden_step,
+            weight_step,
+            PRECISION,
+            EVEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        if BIAS:
+            logit += tl.load(bias + column).to(tl.float32)[None, :]
+        logit = tl.where((entry < vocabulary)[None, :], logit, -float("inf"))
+        hit = entry[None, :] == target[:, None]
+        here = there & (target >= start) & (target < tl.minimum(start + BLOCK_N, vocabulary))
+        tl.store(target_logits + row, tl.sum(tl.where(hit, logit, 0.0), axis=1), mask=here)
+        new_top = tl.maximum(top, tl.max(logit, axis=1))
+        base = finite_top(new_top)
+        total, weighted = rebased(top, total, weighted, base, scale, ENTROPY)
+        # Differences first: the maximum's own term is exactly 1, so that no log-prob comes out above 0.
+        below = logit - base[:, None]
+        share = tl.exp2(below * scale)
+        total += tl.sum(share, axis=1)
+        if ENTROPY:
+            weighted += tl.sum(tl.where(share > 0.0, share * below, 0.0), axis=1)
+        top = new_top
+    at = split.to(tl.int64) * tokens + row
+    tl.store(tops + at, top, mask=there)
+    tl.store(totals + at, total, mask=there)
+    if ENTROPY:
+        tl.store(weights + at, weighted, mask=there)
+
+
+@triton.jit
+def gradient_tiles(
+    hidden,  # [T,H]
+    weight,  # [V,H]
+    bias,  # [V]
+    targets,  # [T]
+    lse,  # [T]
+    coefficients,  # [T]
+    out,  # [T,slab]
+    tokens,
+    slab_start,
+    slab_end,
+    width,
+    hidden_row,
+    hidden_step,
+    weight_row,
+    weight_step,
+    out_row,
+    inverse_temperature,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    slab_tiles = tl.cdiv(slab_end - slab_start, BLOCK_N)
+    token_tile, tile = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), slab_tiles, GROUP)
+    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(token, tokens - 1).to(tl.int64)
+    inside = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    entry = slab_start + inside
+    column = tl.minimum(entry, slab_end - 1).to(tl.int64)
+    channel = tl.arange(0, BLOCK_K).to(tl.int64)
+    hidden_at = hidden + (row * hidden_row)[:, None] + (channel * hidden_step)[None, :]
+    weight_at = weight + (column * weight_row)[None, :] + (channel * weight_step)[:, None]
+    logit = product(
+        hidden_at,
+        weight_at,
+        width,
+        hidden_step,
+        weight_step,
+        PRECISION,
+        EVEN,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if BIAS:
+        logit += tl.load(bias + column).to(tl.float32)[None, :]
+    share = tl.exp2((logit * inverse_temperature - tl.load(lse + row)[:, None]) * LOG2_E)
+    coefficient = tl.load(coefficients + row) * inverse_temperature
+    hit = entry[None, :] == tl.load(targets + row)[:, None]
+    gradient = coefficient[:, None] * (tl.where(hit, 1.0, 0.0) - share)
+    there = (token < tokens)[:, None] & (entry < slab_end)[None, :]
+    into = out + (row * out_row)[:, None] + inside[None, :]
+    tl.store(into, gradient.to(out.dtype.element_ty), mask=there)
+
+
+def unsupported(hidden: Tensor) -> str | None:
+    """Why the kernels cannot take these inputs (a phrase), or None."""
+    if hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the Triton kernel takes float32, float16 and bfloat16, not {hidden.dtype}"
+    if hidden.device.type == "cuda" and torch.cuda.get_device_capability(hidden.device) < (8, 0):
+        return "the Triton kernel takes GPUs of compute capability 8.0 and above"
+    return None
+
+
+def tuning_for(hidden: Tensor) -> Tuning:
+    """The tuning for these hidden states on their device."""
+    major = torch.cuda.get_device_capability(hidden.device)[0] if hidden.device.type == "cuda" else 8
+    architecture = 90 if major in (9, 10) else 80
+    return TUNINGS[architecture, hidden.element_size(), hidden.shape[0] <= 64]
+
+
+def _constants(hidden: Tensor, bias: Tensor | None, tuning: Tuning) -> dict[str, object]:
+    return {
+        "BIAS": bias is not None,
+        "PRECISION": "ieee",
+        "EVEN": hidden.shape[1] % tuning.depth == 0,
+        "GROUP": tuning.group,
+        "BLOCK_M": tuning.tokens,
+        "BLOCK_N": tuning.vocabulary,
+        "BLOCK_K": tuning.depth,
+        "num_warps": tuning.warps,
+        "num_stages": tuning.stages,
+    }
+
+
+def linear_logprob_triton(
+    hidden: Tensor,  # [T,H]
+    weight: Tensor,  # [V,H]
+    targets: Tensor,  # [T]
+    bias: Tensor | None,  # [V]
+    temperature: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch: `linear_logprob` for arguments that it has checked. Log-probs, log-sum-exps, entropies: fp32 [T].
+
+    Any strides. A target outside the vocabulary gives NaN.
+    """
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    scale = LOG2_E.value / temperature
+    tuning = tuning_for(hidden)
+    token_tiles, tiles = triton.cdiv(tokens, tuning.tokens), triton.cdiv(vocabulary, tuning.vocabulary)
+    wanted = triton.cdiv(WAVES * processors(hidden.device), max(token_tiles, 1))
+    per_split = triton.cdiv(tiles, min(wanted, tiles))
+    partials = Partials(triton.cdiv(tiles, per_split), tokens, entropy, hidden.device)
+    if tokens == 0:
+        empty = partials.target_logits
+        return empty, empty.clone(), empty.clone() if entropy else None
+    logprob_tiles[(token_tiles * partials.splits,)](
+        hidden,
+        weight,
+        weight if bias is None else bias.contiguous(),
+        targets.contiguous(),
+        partials.tops,
+        partials.totals,
+        partials.weights,
+        partials.target_logits,
+        tokens,
+        vocabulary,
+        hidden.shape[1],
+        *hidden.stride(),
+        *weight.stride(),
+        partials.splits,
+        per_split,
+        scale,
+        ENTROPY=entropy,
+        **_constants(hidden, bias, tuning),
+    )
+    return partials.merge(scale)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (= or +=) a @ b, in total's fp32 whatever the inputs' dtype."""
+    beta = 0 if first else 1
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    else:  # the interpreter
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+
+
+def linear_logprob_backward_triton(
+    grad: Tensor,  # [T]
+    hidden: Tensor,  # [T,H]
+    weight: Tensor,  # [V,H]
+    targets: Tensor,  # [T]
+    bias: Tensor | None,  # [V]
+    lse: Tensor,  # [T]
+    temperature: float,
+    chunk_tokens: int,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of sum(grad * logprobs) in hidden, weight and bias, where needed. FLOP: 2THV, and 2THV for each of
+    the first two. Holds one slab [T,min(V, chunk_tokens V / T)] of gradients in the inputs' dtype.
+    """
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    tuning = tuning_for(hidden)
+    grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needed[0] else None
+    grad_weight = weight.new_zeros(weight.shape) if needed[1] else None
+    grad_bias = weight.new_zeros(vocabulary) if needed[2] else None
+    if tokens == 0 or not any(needed):
+        return grad_hidden, grad_weight, grad_bias
+    # Whole tiles, at least one: rows of the slab stay aligned for the products.
+    slab = max(1, chunk_tokens * vocabulary // tokens // tuning.vocabulary) * tuning.vocabulary
+    slab = min(slab, triton.cdiv(vocabulary, 8) * 8)
+    buffer = torch.empty(tokens, slab, dtype=hidden.dtype, device=hidden.device)
+    targets, lse, grad = targets.contiguous(), lse.contiguous(), grad.contiguous()
+    for start in range(0, vocabulary, slab):
+        end = min(start + slab, vocabulary)
+        gradient = buffer[:, : end - start]
+        tiles = triton.cdiv(tokens, tuning.tokens) * triton.cdiv(end - start, tuning.vocabulary)
+        gradient_tiles[(tiles,)](
+            hidden,
+            weight,
+            weight if bias is None else bias.contiguous(),
+            targets,
+            lse,
+            grad,
+            gradient,
+            tokens,
+            start,
+            end,
+            hidden.shape[1],
+            *hidden.stride(),
+            *weight.stride(),
+            gradient.stride(0),
+            1.0 / temperature,
+            **_constants(hidden, bias, tuning),
+        )
+        if grad_hidden is not None:
+            _add_product(grad_hidden, gradient, weight[start:end], first=start == 0)
+        if grad_weight is not None:
+            torch.mm(gradient.T, hidden, out=grad_weight[start:end])
+        if grad_bias is not None:
+            grad_bias[start:end] = gradient.sum(dim=0, dtype=torch.float32)
+    return grad_hidden if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
