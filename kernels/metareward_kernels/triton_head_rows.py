@@ -196,6 +196,7 @@ class Partials:
             ENTROPY=self.entropy,
             BLOCK=MERGE_BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         return logprobs, lse, entropies
 
@@ -242,6 +243,7 @@ def logprob_rows_triton(
         ENTROPY=entropy,
         BLOCK=block,
         num_warps=WARPS,
+        enable_fp_fusion=True,
     )
     return partials.merge(scale)
 
@@ -274,5 +276,6 @@ def logit_gradient_rows_triton_(
         1.0 / temperature,
         BLOCK=block,
         num_warps=WARPS,
+        enable_fp_fusion=True,
     )
     return into

@@ -1,15 +1,17 @@
 """linear_logprob on a GPU, in Triton: products with the softmax's passes in their epilogues; logits are never stored.
 
-Forward: a program per (tile of tokens, split of the vocabulary) goes through the split tile by tile, keeps each token's
-running maximum, sum of exponentials and, for the entropy, weighted sum, and picks the target's logit out of the same
-tile. The splits [splits,T] are merged in their order. Neighbouring programs share token tiles and weight tiles in L2.
+Forward: a program per (tile of tokens, tile of the vocabulary) leaves each token's maximum, sum of exponentials and, for
+the entropy, weighted sum, and picks the target's logit out of the same tile. The partials [tiles,T] are merged in their
+order. Neighbouring programs share token tiles and weight tiles in L2. (Several tiles a program would need fewer partials,
+but the state carried from tile to tile does not fit the registers beside 128 accumulators a thread.)
 Backward: the vocabulary goes by in slabs. A kernel makes the logits of all tokens again and writes their gradient
 [T,slab] in the inputs' dtype, the target's column formed in fp32; cuBLAS multiplies it with the weight's slab, added up
 in fp32, and with the hidden states: each row of the weight's gradient is one product over all tokens.
 No atomics: a rerun on one device is bitwise equal.
 
-FLOP: 2THV forward; 6THV backward, 4THV with one input frozen. Memory beyond inputs and gradients: 12 T (splits + 1)
-bytes forward; backward the slab, at most chunk_tokens * V numbers, and fp32 [T,H] where there is more than one slab.
+FLOP: 2THV forward; 6THV backward, 4THV with one input frozen. Memory beyond inputs and gradients: forward 8 bytes a token
+and tile (12 with the entropy), 1/64 of bf16 logits with tiles of 256; backward the slab, at most chunk_tokens * V
+numbers, and fp32 [T,H].
 Bound by the products. It compiles for sm_80 and sm_90 and is tested in Triton's interpreter, but it has never run on a
 GPU. fp32 inputs keep fp32 products (no TF32), which are slow: they are there for checks.
 """
@@ -23,9 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metareward_kernels.triton_head_rows import LOG2_E, Partials, finite_top, processors, rebased
-
-WAVES = 32  # programs a multiprocessor gets: many, so that the last, partly empty wave costs little
+from metareward_kernels.triton_head_rows import LOG2_E, Partials, finite_top
 
 
 class Tuning(NamedTuple):
@@ -43,9 +43,9 @@ class Tuning(NamedTuple):
 # 128 accumulators a thread leave room for the epilogue. Consumer chips of sm_86, 89 and 120 have 99 KiB of shared
 # memory and take sm_80's.
 TUNINGS = {
-    (80, 2, False): Tuning(tokens=128, vocabulary=128, depth=32, warps=4, stages=4),
+    (80, 2, False): Tuning(tokens=128, vocabulary=256, depth=64, warps=8, stages=3),
     (80, 2, True): Tuning(tokens=32, vocabulary=128, depth=64, warps=4, stages=4),
-    (90, 2, False): Tuning(tokens=128, vocabulary=256, depth=64, warps=8, stages=3),
+    (90, 2, False): Tuning(tokens=128, vocabulary=256, depth=64, warps=8, stages=4),
     (90, 2, True): Tuning(tokens=64, vocabulary=128, depth=64, warps=4, stages=4),
     (80, 4, False): Tuning(tokens=64, vocabulary=64, depth=32, warps=8, stages=3),
     (80, 4, True): Tuning(tokens=16, vocabulary=64, depth=32, warps=4, stages=3),
@@ -56,8 +56,10 @@ TUNINGS = {
 
 @triton.jit
 def product(
-    hidden_at,
-    weight_at,
+    hidden_tile,
+    weight_tile,
+    hidden_offsets,
+    weight_offsets,
     width,
     hidden_step,
     weight_step,
@@ -67,22 +69,22 @@ def product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """fp32 [M,N] product of a tile of tokens and one of the vocabulary, from pointers [M,K] and [K,N] to their first
-    BLOCK_K channels. EVEN: `width` is a multiple of BLOCK_K.
+    """fp32 [M,N] product of a tile of tokens and one of the vocabulary: 64-bit pointers to their first elements, 32-bit
+    offsets [M,K] and [K,N] of their first BLOCK_K channels, to save registers. EVEN: `width` is a multiple of BLOCK_K.
     """
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     channel = tl.arange(0, BLOCK_K)
     for start in range(0, width, BLOCK_K):
         if EVEN:
-            a = tl.load(hidden_at)
-            b = tl.load(weight_at)
+            a = tl.load(hidden_tile + hidden_offsets)
+            b = tl.load(weight_tile + weight_offsets)
         else:
             left = width - start
-            a = tl.load(hidden_at, mask=(channel < left)[None, :], other=0.0)
-            b = tl.load(weight_at, mask=(channel < left)[:, None], other=0.0)
+            a = tl.load(hidden_tile + hidden_offsets, mask=(channel < left)[None, :], other=0.0)
+            b = tl.load(weight_tile + weight_offsets, mask=(channel < left)[:, None], other=0.0)
         sums = tl.dot(a, b, sums, input_precision=PRECISION)
-        hidden_at += BLOCK_K * hidden_step
-        weight_at += BLOCK_K * weight_step
+        hidden_tile += BLOCK_K * hidden_step
+        weight_tile += BLOCK_K * weight_step
     return sums
 
 
@@ -101,9 +103,9 @@ def logprob_tiles(
     weight,  # [V,H]
     bias,  # [V]
     targets,  # [T]
-    tops,  # [splits,T]
-    totals,  # [splits,T]
-    weights,  # [splits,T]
+    tops,  # [tiles,T]
+    totals,  # [tiles,T]
+    weights,  # [tiles,T]
     target_logits,  # [T]
     tokens,
     vocabulary,
@@ -112,8 +114,6 @@ def logprob_tiles(
     hidden_step,
     weight_row,
     weight_step,
-    splits,
-    tiles_per_split,
     scale,  # log2(e) / temperature
     BIAS: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -124,56 +124,44 @@ def logprob_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    token_tile, split = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), splits, GROUP)
-    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    there = token < tokens
+    tiles = tl.cdiv(vocabulary, BLOCK_N)
+    token_tile, tile = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tiles, GROUP)
     # Rows past the end read the last one again: no mask in the product's loop. Nothing of them is stored.
-    row = tl.minimum(token, tokens - 1).to(tl.int64)
+    first_token, start = token_tile * BLOCK_M, tile * BLOCK_N
+    token, entry = first_token + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    row, column = tl.minimum(token, tokens - 1), tl.minimum(entry, vocabulary - 1)
+    channel = tl.arange(0, BLOCK_K)
+    logit = product(
+        hidden + first_token.to(tl.int64) * hidden_row,
+        weight + start.to(tl.int64) * weight_row,
+        ((row - first_token) * hidden_row)[:, None] + (channel * hidden_step)[None, :],
+        ((column - start) * weight_row)[None, :] + (channel * weight_step)[:, None],
+        width,
+        hidden_step,
+        weight_step,
+        PRECISION,
+        EVEN,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if BIAS:
+        logit += tl.load(bias + column).to(tl.float32)[None, :]
+    logit = tl.where((entry < vocabulary)[None, :], logit, -float("inf"))
+    there = token < tokens
     target = tl.load(targets + row)
-    channel = tl.arange(0, BLOCK_K).to(tl.int64)
-    hidden_at = hidden + (row * hidden_row)[:, None] + (channel * hidden_step)[None, :]
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M], tl.float32)
-    first = split * tiles_per_split * BLOCK_N
-    last = tl.minimum(first + tiles_per_split * BLOCK_N, vocabulary)
-    for start in range(first, last, BLOCK_N):
-        entry = start + tl.arange(0, BLOCK_N)
-        column = tl.minimum(entry, vocabulary - 1).to(tl.int64)
-        weight_at = weight + (column * weight_row)[None, :] + (channel * weight_step)[:, None]
-        logit = product(
-            hidden_at,
-            weight_at,
-            width,
-            hidden_step,
-            weight_step,
-            PRECISION,
-            EVEN,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        if BIAS:
-            logit += tl.load(bias + column).to(tl.float32)[None, :]
-        logit = tl.where((entry < vocabulary)[None, :], logit, -float("inf"))
-        hit = entry[None, :] == target[:, None]
-        here = there & (target >= start) & (target < tl.minimum(start + BLOCK_N, vocabulary))
-        tl.store(target_logits + row, tl.sum(tl.where(hit, logit, 0.0), axis=1), mask=here)
-        new_top = tl.maximum(top, tl.max(logit, axis=1))
-        base = finite_top(new_top)
-        total, weighted = rebased(top, total, weighted, base, scale, ENTROPY)
-        # Differences first: the maximum's own term is exactly 1, so that no log-prob comes out above 0.
-        below = logit - base[:, None]
-        share = tl.exp2(below * scale)
-        total += tl.sum(share, axis=1)
-        if ENTROPY:
-            weighted += tl.sum(tl.where(share > 0.0, share * below, 0.0), axis=1)
-        top = new_top
-    at = split.to(tl.int64) * tokens + row
+    here = there & (target >= start) & (target < tl.minimum(start + BLOCK_N, vocabulary))
+    hit = tl.arange(0, BLOCK_N)[None, :] == tl.where(here, target - start, -1).to(tl.int32)[:, None]
+    tl.store(target_logits + row, tl.sum(tl.where(hit, logit, 0.0), axis=1), mask=here)
+    # Differences first: the maximum's own term is exactly 1, so that no log-prob comes out above 0.
+    top = tl.max(logit, axis=1)
+    below = logit - finite_top(top)[:, None]
+    share = tl.exp2(below * scale)
+    at = tile.to(tl.int64) * tokens + row
     tl.store(tops + at, top, mask=there)
-    tl.store(totals + at, total, mask=there)
+    tl.store(totals + at, tl.sum(share, axis=1), mask=there)
     if ENTROPY:
-        tl.store(weights + at, weighted, mask=there)
+        tl.store(weights + at, tl.sum(tl.where(share > 0.0, share * below, 0.0), axis=1), mask=there)
 
 
 @triton.jit
@@ -205,17 +193,15 @@ def gradient_tiles(
 ):
     slab_tiles = tl.cdiv(slab_end - slab_start, BLOCK_N)
     token_tile, tile = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), slab_tiles, GROUP)
-    token = token_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(token, tokens - 1).to(tl.int64)
-    inside = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    entry = slab_start + inside
-    column = tl.minimum(entry, slab_end - 1).to(tl.int64)
-    channel = tl.arange(0, BLOCK_K).to(tl.int64)
-    hidden_at = hidden + (row * hidden_row)[:, None] + (channel * hidden_step)[None, :]
-    weight_at = weight + (column * weight_row)[None, :] + (channel * weight_step)[:, None]
+    first_token, start = token_tile * BLOCK_M, slab_start + tile * BLOCK_N
+    token, entry = first_token + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    row, column = tl.minimum(token, tokens - 1), tl.minimum(entry, slab_end - 1)
+    channel = tl.arange(0, BLOCK_K)
     logit = product(
-        hidden_at,
-        weight_at,
+        hidden + first_token.to(tl.int64) * hidden_row,
+        weight + start.to(tl.int64) * weight_row,
+        ((row - first_token) * hidden_row)[:, None] + (channel * hidden_step)[None, :],
+        ((column - start) * weight_row)[None, :] + (channel * weight_step)[:, None],
         width,
         hidden_step,
         weight_step,
@@ -229,11 +215,14 @@ def gradient_tiles(
         logit += tl.load(bias + column).to(tl.float32)[None, :]
     share = tl.exp2((logit * inverse_temperature - tl.load(lse + row)[:, None]) * LOG2_E)
     coefficient = tl.load(coefficients + row) * inverse_temperature
-    hit = entry[None, :] == tl.load(targets + row)[:, None]
+    target = tl.load(targets + row)
+    target = tl.where((target >= start) & (target < slab_end), target, -1).to(tl.int32)
+    hit = entry[None, :] == target[:, None]
     gradient = coefficient[:, None] * (tl.where(hit, 1.0, 0.0) - share)
     there = (token < tokens)[:, None] & (entry < slab_end)[None, :]
-    into = out + (row * out_row)[:, None] + inside[None, :]
-    tl.store(into, gradient.to(out.dtype.element_ty), mask=there)
+    out_tile = out + first_token.to(tl.int64) * out_row + tile * BLOCK_N
+    offsets = (tl.arange(0, BLOCK_M) * out_row)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out_tile + offsets, gradient.to(out.dtype.element_ty), mask=there)
 
 
 def unsupported(hidden: Tensor) -> str | None:
@@ -252,6 +241,16 @@ def tuning_for(hidden: Tensor) -> Tuning:
     return TUNINGS[architecture, hidden.element_size(), hidden.shape[0] <= 64]
 
 
+def _near(x: Tensor, rows: int, depth: int) -> Tensor:
+    """x, copied if need be so that 32-bit offsets reach through a tile [rows,depth] of it."""
+    if rows * x.stride(0) + depth * x.stride(1) < 1 << 31:
+        return x
+    x = x.contiguous()
+    if rows * x.shape[1] >= 1 << 31:
+        raise ValueError(f"the kernel takes widths below {(1 << 31) // rows}, not {x.shape[1]}")
+    return x
+
+
 def _constants(hidden: Tensor, bias: Tensor | None, tuning: Tuning) -> dict[str, object]:
     return {
         "BIAS": bias is not None,
@@ -263,6 +262,7 @@ def _constants(hidden: Tensor, bias: Tensor | None, tuning: Tuning) -> dict[str,
         "BLOCK_K": tuning.depth,
         "num_warps": tuning.warps,
         "num_stages": tuning.stages,
+        "enable_fp_fusion": True,
     }
 
 
@@ -282,13 +282,15 @@ def linear_logprob_triton(
     scale = LOG2_E.value / temperature
     tuning = tuning_for(hidden)
     token_tiles, tiles = triton.cdiv(tokens, tuning.tokens), triton.cdiv(vocabulary, tuning.vocabulary)
-    wanted = triton.cdiv(WAVES * processors(hidden.device), max(token_tiles, 1))
-    per_split = triton.cdiv(tiles, min(wanted, tiles))
-    partials = Partials(triton.cdiv(tiles, per_split), tokens, entropy, hidden.device)
+    hidden, weight = (
+        _near(hidden, tuning.tokens, tuning.depth),
+        _near(weight, tuning.vocabulary, tuning.depth),
+    )
+    partials = Partials(tiles, tokens, entropy, hidden.device)
     if tokens == 0:
         empty = partials.target_logits
         return empty, empty.clone(), empty.clone() if entropy else None
-    logprob_tiles[(token_tiles * partials.splits,)](
+    logprob_tiles[(token_tiles * tiles,)](
         hidden,
         weight,
         weight if bias is None else bias.contiguous(),
@@ -302,8 +304,6 @@ def linear_logprob_triton(
         hidden.shape[1],
         *hidden.stride(),
         *weight.stride(),
-        partials.splits,
-        per_split,
         scale,
         ENTROPY=entropy,
         **_constants(hidden, bias, tuning),
@@ -343,6 +343,10 @@ def linear_logprob_backward_triton(
     grad_bias = weight.new_zeros(vocabulary) if needed[2] else None
     if tokens == 0 or not any(needed):
         return grad_hidden, grad_weight, grad_bias
+    hidden, weight = (
+        _near(hidden, tuning.tokens, tuning.depth),
+        _near(weight, tuning.vocabulary, tuning.depth),
+    )
     # Whole tiles, at least one: rows of the slab stay aligned for the products.
     slab = max(1, chunk_tokens * vocabulary // tokens // tuning.vocabulary) * tuning.vocabulary
     slab = min(slab, triton.cdiv(vocabulary, 8) * 8)
