@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from metareward_kernels import (
     triton_fused_rows,
     triton_head_rows,
+    triton_head_tiles,
     triton_linear_logprob,
     triton_paged_attention,
     triton_random_keys,
@@ -144,7 +145,7 @@ def head_rows() -> Iterator[Variant]:
 def linear_logprob() -> Iterator[Variant]:
     """The head's fused products: every tuning, plain and with all options."""
     fp32 = ("tops", "totals", "weights", "target_logits", "lse", "coefficients")
-    for (architecture, size, few), tuning in triton_linear_logprob.TUNINGS.items():
+    for (architecture, size, few), tuning in triton_head_tiles.TUNINGS.items():
         element = {2: "bf16", 4: "fp32"}[size]
         types = dict.fromkeys(("hidden", "weight", "bias", "out"), f"*{element}") | dict.fromkeys(
             fp32, "*fp32"

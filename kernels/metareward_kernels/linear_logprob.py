@@ -22,9 +22,9 @@ CHUNK_TOKENS = 1024
 
 def _unsupported(which: str, hidden: Tensor) -> str | None:
     if which == "triton":
-        from metareward_kernels import triton_linear_logprob
+        from metareward_kernels import triton_head_tiles
 
-        return triton_linear_logprob.unsupported(hidden)
+        return triton_head_tiles.unsupported(hidden)
     return dispatch.unsupported_dtype(which, hidden.dtype)
 
 

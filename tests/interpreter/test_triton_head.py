@@ -10,11 +10,8 @@ import pytest
 import torch
 from metareward_kernels import linear_logprob, reference, triton_head_rows, triton_linear_logprob
 from metareward_kernels.head_rows import logit_gradient_rows_, logprob_rows
-from metareward_kernels.triton_linear_logprob import (
-    Tuning,
-    linear_logprob_backward_triton,
-    linear_logprob_triton,
-)
+from metareward_kernels.triton_head_tiles import Tuning
+from metareward_kernels.triton_linear_logprob import linear_logprob_backward_triton, linear_logprob_triton
 from torch import Tensor
 
 Run = Callable[..., Any]
