@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from metareward_kernels import implementation, linear_logprob, reference
@@ -277,3 +280,27 @@ def test_opcheck() -> None:
             lse, constant = torch.randn(ids.shape[0]), None if bias is None else bias.detach()
             backward = (lse.clone(), states, weight, ids, constant, lse, 0.9, 4, True, True, bias is not None)
             torch.library.opcheck(torch.ops.metareward.linear_logprob_backward.default, backward)
+
+
+PEAK = """
+import resource, sys, torch
+from metareward_kernels import linear_logprob
+tokens, vocabulary, dtype = 4096, 49152, getattr(torch, sys.argv[1])
+hidden = torch.randn(tokens, 16, dtype=dtype, requires_grad=True)
+weight = torch.randn(vocabulary, 16, dtype=dtype, requires_grad=True)
+targets = torch.randint(0, vocabulary, (tokens,))
+linear_logprob(hidden[:2], weight, targets[:2]).sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+linear_logprob(hidden, weight, targets).sum().backward()
+extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+eager = 2 * 4 * tokens * vocabulary  # the least: fp32 logits, and their log-softmax kept for the backward pass
+print(extra / eager)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory(dtype: str) -> None:
+    command = [sys.executable, "-c", PEAK, dtype]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert 0.0 < float(printed) < 0.2, f"{float(printed):.2f} of the eager path's memory"
