@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
       "-> (Tensor, Tensor, Tensor)");
   library.def("logprob_rows_cpp(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor)");
   library.def(
+      "logprob_entropy_rows_cpp(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "softmax_residual_rows_cpp_(Tensor(a!) logits, Tensor targets, float temperature, bool entropy, Tensor(b!)? out) "
+      "-> (Tensor, Tensor, Tensor)");
+  library.def(
       "logit_gradient_rows_cpp_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor grad, float temperature, "
       "Tensor(b!)? out) -> ()");
   library.def("add_rms_norm_cpp_(Tensor(a!) residual, Tensor? delta, Tensor weight, float eps) -> Tensor");
@@ -23,6 +28,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def("packed_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
   library.def("packed_gated_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
   library.def("bf16_linear_cpp_(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
+  library.def(
+      "linear_softmax_cpp_(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, bool entropy, "
+      "Tensor(a!)? out) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("panels_times_weight_cpp_(Tensor panels, Tensor weight, Tensor(a!) out) -> ()");
+  library.def(
+      "add_panels_times_hidden_cpp_(Tensor panels, Tensor hidden, Tensor coefficient, bool accumulate, Tensor(a!) out, "
+      "Tensor(b!)? bias_out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
@@ -30,6 +42,8 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("paged_attention_cpp", TORCH_BOX(&metareward::paged_attention));
   library.impl("sample_tokens_cpp", TORCH_BOX(&metareward::sample_tokens));
   library.impl("logprob_rows_cpp", TORCH_BOX(&metareward::logprob_rows));
+  library.impl("logprob_entropy_rows_cpp", TORCH_BOX(&metareward::logprob_entropy_rows));
+  library.impl("softmax_residual_rows_cpp_", TORCH_BOX(&metareward::softmax_residual_rows));
   library.impl("logit_gradient_rows_cpp_", TORCH_BOX(&metareward::logit_gradient_rows));
   library.impl("add_rms_norm_cpp_", TORCH_BOX(&metareward::add_rms_norm));
   library.impl("rotate_and_store_cpp_", TORCH_BOX(&metareward::rotate_and_store));
@@ -38,6 +52,9 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("packed_linear_cpp_", TORCH_BOX(&metareward::packed_linear));
   library.impl("packed_gated_linear_cpp_", TORCH_BOX(&metareward::packed_gated_linear));
   library.impl("bf16_linear_cpp_", TORCH_BOX(&metareward::bf16_linear));
+  library.impl("linear_softmax_cpp_", TORCH_BOX(&metareward::linear_softmax));
+  library.impl("panels_times_weight_cpp_", TORCH_BOX(&metareward::panels_times_weight));
+  library.impl("add_panels_times_hidden_cpp_", TORCH_BOX(&metareward::add_panels_times_hidden));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CompositeExplicitAutograd, library) {

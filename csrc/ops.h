@@ -40,6 +40,14 @@ std::tuple<Tensor, Tensor, Tensor> sample_tokens(
 // Log-prob of the targets and log-sum-exp of every row, both [C] float32.
 std::tuple<Tensor, Tensor> logprob_rows(Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, double temperature);
 
+// The same, and every row's entropy in nats.
+std::tuple<Tensor, Tensor, Tensor> logprob_entropy_rows(Tensor logits, Tensor targets, double temperature);
+
+// The same in one pass that leaves onehot - softmax over the logits, or in `out` [C,V], bfloat16, of float32 logits.
+// The third tensor is empty unless `entropy`.
+std::tuple<Tensor, Tensor, Tensor> softmax_residual_rows(
+    Tensor logits, Tensor targets, double temperature, bool entropy, std::optional<Tensor> out);
+
 // grad * (onehot - softmax) / temperature: over the logits, or into `out` [C,V], bfloat16, of float32 logits.
 void logit_gradient_rows(
     Tensor logits /* [C,V] */, Tensor targets /* [C] int64 */, Tensor lse /* [C] */, Tensor grad /* [C] */,
@@ -68,5 +76,21 @@ Tensor pack_bf16_weight(Tensor weight /* [N,K] */);  // [ceil(N/48),ceil(K/2),48
 void packed_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
 void packed_gated_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
 void bf16_linear(Tensor x /* [T,K] */, Tensor weight /* [N,K] */, Tensor out /* [T,N] */);
+
+// A head's chunk of C rows on the same CPUs, without its logits. Returns log-probs of the targets, log-sum-exps, entropies
+// (empty unless asked for) and scales, [C] float32 each; where `out` is given, scale times its rows is onehot - softmax.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_softmax(
+    Tensor hidden,               // [C,H] bfloat16, H even
+    Tensor weight,               // [V,H] bfloat16
+    std::optional<Tensor> bias,  // [V] float32
+    Tensor targets,              // [C] int64
+    double temperature, bool entropy,
+    std::optional<Tensor> out);  // [ceil(V/64),C,64] bfloat16: panels of 64 vocabulary entries
+void panels_times_weight(Tensor panels, Tensor weight /* [V,H] */, Tensor out /* [C,H] float32 */);
+
+// out (+)= panels.T @ (coefficient * hidden); bias_out (+)= panels.T @ coefficient.
+void add_panels_times_hidden(
+    Tensor panels, Tensor hidden /* [C,H] */, Tensor coefficient /* [C] */, bool accumulate,
+    Tensor out /* [V,H] float32 */, std::optional<Tensor> bias_out /* [V] float32 */);
 
 }  // namespace metareward

@@ -10,19 +10,10 @@
 #include <memory>
 
 #include "../ops.h"
+#include "bf16_product.h"
 
 namespace metareward {
 namespace {
-
-constexpr int64_t TILE = 48;  // weight rows side by side in a packed tile
-
-struct Product {
-  const uint16_t* x;
-  void* out;
-  int64_t x_stride, out_stride, pairs, columns;  // strides in elements
-  int64_t tile_size;                             // of what makes 48 columns of out
-  bool bf16_out, gated;                          // gated: a tile of the gate and one of up
-};
 
 #if defined(METAREWARD_BF16_LINEAR)
 #if defined(__clang__)

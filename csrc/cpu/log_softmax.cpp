@@ -1,4 +1,4 @@
-// Row passes of linear_logprob: the matrix products stay PyTorch's, what lies between them is one or two reads here.
+// Row passes of the head ops: the matrix products stay PyTorch's, what lies between them is one or two reads here.
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif
@@ -58,29 +58,99 @@ Rows check_rows(const Tensor& logits, const Tensor& targets) {
   return {static_cast<char*>(logits.data_ptr()), logits.size(0), vocabulary, vocabulary * (bf16 ? 2 : 4), bf16};
 }
 
-}  // namespace
+struct RowOutputs {
+  Tensor logprobs, lse, entropy;
 
-std::tuple<Tensor, Tensor> logprob_rows(Tensor logits, Tensor targets, double temperature) {
+  RowOutputs(const Tensor& like, int64_t rows, bool with_entropy)
+      : logprobs(torch::stable::new_empty(like, {rows}, ScalarType::Float)),
+        lse(torch::stable::new_empty(logprobs, {rows})),
+        entropy(torch::stable::new_empty(logprobs, {with_entropy ? rows : 0})),
+        with_entropy_(with_entropy) {}
+
+  void set(int64_t i, float logit, float top, double sum, double weighted, double temperature) {
+    // Both terms are of this row: the first is at most 0, the sum at least 1, so log p <= 0 without a clamp.
+    const double shifted = (double(logit) - double(top)) / temperature, log_sum = std::log(sum);
+    static_cast<float*>(logprobs.data_ptr())[i] = float(shifted - log_sum);
+    static_cast<float*>(lse.data_ptr())[i] = float(double(top) / temperature + log_sum);
+    if (with_entropy_) static_cast<float*>(entropy.data_ptr())[i] = float(log_sum - weighted / sum);
+  }
+
+ private:
+  bool with_entropy_;
+};
+
+RowOutputs logprobs_of(const Tensor& logits, const Tensor& targets, double temperature, bool entropy) {
   const Rows rows = check_rows(logits, targets);
-  Tensor logprobs = torch::stable::new_empty(logits, {rows.count}, ScalarType::Float);
-  Tensor lse = torch::stable::new_empty(logits, {rows.count}, ScalarType::Float);
+  RowOutputs out(logits, rows.count, entropy);
   const auto* target = static_cast<const int64_t*>(targets.data_ptr());
-  auto* logprob_out = static_cast<float*>(logprobs.data_ptr());
-  auto* lse_out = static_cast<float*>(lse.data_ptr());
   const auto pass = METAREWARD_SIMD_PICK(top_and_sum);
   torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const void* row = rows.data + i * rows.row_bytes;
       float top;
-      double sum;
-      pass(row, rows.bf16, rows.vocabulary, float(1.0 / temperature), &top, &sum);
-      // Both terms are of this row: the first is at most 0, the sum at least 1, so log p <= 0 without a clamp.
-      const double shifted = (double(element(row, rows.bf16, target[i])) - double(top)) / temperature;
-      logprob_out[i] = float(shifted - std::log(sum));
-      lse_out[i] = float(double(top) / temperature + std::log(sum));
+      double sum, weighted = 0.0;
+      pass(row, rows.bf16, rows.vocabulary, float(1.0 / temperature), &top, &sum, entropy ? &weighted : nullptr);
+      out.set(i, element(row, rows.bf16, target[i]), top, sum, weighted, temperature);
     }
   });
-  return {logprobs, lse};
+  return out;
+}
+
+void check_out(const Rows& rows, const std::optional<Tensor>& out) {
+  STD_TORCH_CHECK(
+      !out.has_value() || (!rows.bf16 && out->scalar_type() == ScalarType::BFloat16 && out->is_contiguous() &&
+                           out->dim() == 2 && out->size(0) == rows.count && out->size(1) == rows.vocabulary),
+      "out must be contiguous bfloat16 [C,V], for float32 logits");
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> logprob_rows(Tensor logits, Tensor targets, double temperature) {
+  const RowOutputs out = logprobs_of(logits, targets, temperature, false);
+  return {out.logprobs, out.lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> logprob_entropy_rows(Tensor logits, Tensor targets, double temperature) {
+  const RowOutputs out = logprobs_of(logits, targets, temperature, true);
+  return {out.logprobs, out.lse, out.entropy};
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_residual_rows(
+    Tensor logits, Tensor targets, double temperature, bool entropy, std::optional<Tensor> out) {
+  const Rows rows = check_rows(logits, targets);
+  check_out(rows, out);
+  RowOutputs result(logits, rows.count, entropy);
+  const auto* target = static_cast<const int64_t*>(targets.data_ptr());
+  const bool bf16_out = rows.bf16 || out.has_value();
+  char* to = out.has_value() ? static_cast<char*>(out->data_ptr()) : rows.data;
+  const int64_t to_bytes = rows.vocabulary * (bf16_out ? 2 : 4);
+  const float inverse = float(1.0 / temperature);
+  const auto sums = METAREWARD_SIMD_PICK(top_and_sum);
+  const auto softmax = METAREWARD_SIMD_PICK(negative_softmax);
+  const auto terms = METAREWARD_SIMD_PICK(exponentials);
+  const auto scale = METAREWARD_SIMD_PICK(scaled);
+  torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {  // the later passes find the row in the level-2 cache
+      void* row = rows.data + i * rows.row_bytes;
+      void* residual = to + i * to_bytes;
+      const float logit = element(row, rows.bf16, target[i]);
+      float top;
+      double sum, weighted = 0.0;
+      if (rows.bf16) {  // terms rounded to bf16 would be rounded twice: they are computed again
+        sums(row, true, rows.vocabulary, inverse, &top, &sum, entropy ? &weighted : nullptr);
+        const float lse = float(double(top) / temperature + std::log(sum));
+        softmax(row, true, rows.vocabulary, inverse, lse, 1.0f, residual, true);
+      } else {
+        terms(static_cast<float*>(row), rows.vocabulary, inverse, &top, &sum, entropy ? &weighted : nullptr);
+        scale(static_cast<const float*>(row), rows.vocabulary, float(-1.0 / sum), residual, bf16_out);
+      }
+      result.set(i, logit, top, sum, weighted, temperature);
+      // 1 - p at the target is formed before it is rounded.
+      const double p = std::exp((double(logit) - double(top)) / temperature) / sum;
+      set_element(residual, bf16_out, target[i], float(1.0 - p));
+    }
+  });
+  return {result.logprobs, result.lse, result.entropy};
 }
 
 void logit_gradient_rows(
@@ -94,10 +164,7 @@ void logit_gradient_rows(
   const auto* target = static_cast<const int64_t*>(targets.data_ptr());
   const auto* log_sum = static_cast<const float*>(lse.data_ptr());
   const auto* incoming = static_cast<const float*>(grad.data_ptr());
-  STD_TORCH_CHECK(
-      !out.has_value() || (!rows.bf16 && out->scalar_type() == ScalarType::BFloat16 && out->is_contiguous() &&
-                           out->dim() == 2 && out->size(0) == rows.count && out->size(1) == rows.vocabulary),
-      "out must be contiguous bfloat16 [C,V], for float32 logits");
+  check_out(rows, out);
   const bool bf16_out = rows.bf16 || out.has_value();
   char* to = out.has_value() ? static_cast<char*>(out->data_ptr()) : rows.data;
   const int64_t to_bytes = rows.vocabulary * (bf16_out ? 2 : 4);

@@ -11,6 +11,7 @@ from metareward_kernels.dispatch import implementation, report
 from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
 from metareward_kernels.linear_fp32 import linear_fp32, pack_bf16_weight, packed_bf16_linear
 from metareward_kernels.linear_logprob import linear_logprob
+from metareward_kernels.linear_preference import Preference, linear_preference
 from metareward_kernels.packed_linear import (
     PackedGatedLinear,
     PackedLinear,
@@ -24,12 +25,14 @@ from metareward_kernels.sample import sample_tokens
 __all__ = [
     "PackedGatedLinear",
     "PackedLinear",
+    "Preference",
     "Segments",
     "add_rms_norm",
     "implementation",
     "keyed_uniforms",
     "linear_fp32",
     "linear_logprob",
+    "linear_preference",
     "pack_bf16_weight",
     "pack_gated_linear",
     "pack_linear",

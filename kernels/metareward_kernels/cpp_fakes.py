@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+def _floats(like: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, dtype=torch.float32, device=like.device)
+
+
 def _keyed_uniforms(keys: Tensor, positions: Tensor) -> Tensor:
     return torch.empty(keys.shape, dtype=torch.float64, device=keys.device)
 
@@ -45,6 +49,50 @@ def _logprob_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[
         torch.empty(rows, dtype=torch.float32, device=logits.device),
         torch.empty(rows, dtype=torch.float32, device=logits.device),
     )
+
+
+def _logprob_entropy_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    return tuple(_floats(logits, logits.shape[0]) for _ in range(3))
+
+
+def _softmax_residual_rows(
+    logits: Tensor, targets: Tensor, temperature: float, entropy: bool, out: Tensor | None
+) -> tuple[Tensor, ...]:
+    rows = logits.shape[0]
+    return _floats(logits, rows), _floats(logits, rows), _floats(logits, rows if entropy else 0)
+
+
+def _linear_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    entropy: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, ...]:
+    rows = hidden.shape[0]
+    return (
+        _floats(hidden, rows),
+        _floats(hidden, rows),
+        _floats(hidden, rows if entropy else 0),
+        _floats(hidden, rows),
+    )
+
+
+def _panels_times_weight(panels: Tensor, weight: Tensor, out: Tensor) -> None:
+    return None
+
+
+def _add_panels_times_hidden(
+    panels: Tensor,
+    hidden: Tensor,
+    coefficient: Tensor,
+    accumulate: bool,
+    out: Tensor,
+    bias_out: Tensor | None,
+) -> None:
+    return None
 
 
 def _logit_gradient_rows(
@@ -93,7 +141,12 @@ def register() -> None:
     torch.library.register_fake("metareward::paged_attention_cpp", _paged_attention)
     torch.library.register_fake("metareward::sample_tokens_cpp", _sample_tokens)
     torch.library.register_fake("metareward::logprob_rows_cpp", _logprob_rows)
+    torch.library.register_fake("metareward::logprob_entropy_rows_cpp", _logprob_entropy_rows)
+    torch.library.register_fake("metareward::softmax_residual_rows_cpp_", _softmax_residual_rows)
     torch.library.register_fake("metareward::logit_gradient_rows_cpp_", _logit_gradient_rows)
+    torch.library.register_fake("metareward::linear_softmax_cpp_", _linear_softmax)
+    torch.library.register_fake("metareward::panels_times_weight_cpp_", _panels_times_weight)
+    torch.library.register_fake("metareward::add_panels_times_hidden_cpp_", _add_panels_times_hidden)
     torch.library.register_fake("metareward::add_rms_norm_cpp_", _add_rms_norm)
     torch.library.register_fake("metareward::rotate_and_store_cpp_", _rotate_and_store)
     torch.library.register_fake("metareward::silu_mul_cpp", _silu_mul)

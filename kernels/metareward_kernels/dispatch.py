@@ -22,6 +22,7 @@ OPS = (
     "linear_logprob",
     "head_rows",
     "linear_fp32",
+    "linear_softmax",
     "paged_attention",
     "sample_tokens",
     "keyed_uniforms",
@@ -80,7 +81,7 @@ def _warn_once(reason: str, remedy: str) -> None:
 @cache
 def _missing_instructions(op: str) -> str | None:
     """What this CPU lacks for an op of the loaded library, or None. Most ops are compiled for any CPU."""
-    if op == "linear_fp32" and not torch.ops.metareward.bf16_linear_supported():
+    if op in ("linear_fp32", "linear_softmax") and not torch.ops.metareward.bf16_linear_supported():
         return "this CPU has no AVX-512 BF16"
     return None
 

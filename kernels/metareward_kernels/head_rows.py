@@ -48,8 +48,12 @@ def logprob_rows(
 
         return RowLogprobs(*logprob_rows_triton(logits, targets, temperature, entropy))
     if which == "cpp":
+        if entropy:
+            return RowLogprobs(
+                *torch.ops.metareward.logprob_entropy_rows_cpp(logits, targets.contiguous(), temperature)
+            )
         logprobs, lse = torch.ops.metareward.logprob_rows_cpp(logits, targets.contiguous(), temperature)
-        return RowLogprobs(logprobs, lse, _entropy(logits, lse, temperature) if entropy else None)
+        return RowLogprobs(logprobs, lse, None)
     scaled = logits.to(accumulation_dtype(logits.dtype)) / temperature
     top = scaled.amax(dim=1, keepdim=True)
     shifted = scaled.sub_(top)
@@ -62,6 +66,31 @@ def logprob_rows(
 def _entropy(logits: Tensor, lse: Tensor, temperature: float) -> Tensor:
     logprobs = (logits.to(lse.dtype) / temperature).sub_(lse[:, None])
     return -(logprobs.exp().mul_(logprobs.nan_to_num_(neginf=0.0))).sum(dim=1)
+
+
+def softmax_residual_rows_(
+    logits: Tensor,  # [C,V]
+    targets: Tensor,  # [C]
+    temperature: float = 1.0,
+    entropy: bool = False,
+    out: Tensor | None = None,  # [C,V]
+    scale: float = 1.0,
+) -> RowLogprobs:
+    """`logprob_rows`, and scale (onehot - softmax(logits / temperature)) over the logits, or in `out`.
+
+    logits, targets and out as in `logit_gradient_rows_`; logits are lost even where `out` is given. Compiled, with a
+    scale of 1, it reads the logits once: the later passes find the row in the cache.
+    """
+    if _implementation(logits) == "cpp" and scale == 1.0 and (out is None or out.dtype == torch.bfloat16):
+        logprobs, lse, found = torch.ops.metareward.softmax_residual_rows_cpp_(
+            logits, targets.contiguous(), temperature, entropy, out
+        )
+        return RowLogprobs(logprobs, lse, found if entropy else None)
+    rows = logprob_rows(logits, targets, temperature, entropy)
+    logit_gradient_rows_(
+        logits, targets, rows.lse, torch.full_like(rows.lse, scale * temperature), temperature, out
+    )
+    return rows
 
 
 def logit_gradient_rows_(
