@@ -35,6 +35,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def(
       "add_panels_times_hidden_cpp_(Tensor panels, Tensor hidden, Tensor coefficient, bool accumulate, Tensor(a!) out, "
       "Tensor(b!)? bias_out) -> ()");
+  library.def("scaled_bf16_cpp(Tensor x, float factor) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
@@ -55,6 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("linear_softmax_cpp_", TORCH_BOX(&metareward::linear_softmax));
   library.impl("panels_times_weight_cpp_", TORCH_BOX(&metareward::panels_times_weight));
   library.impl("add_panels_times_hidden_cpp_", TORCH_BOX(&metareward::add_panels_times_hidden));
+  library.impl("scaled_bf16_cpp", TORCH_BOX(&metareward::scaled_bf16));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(metareward, CompositeExplicitAutograd, library) {

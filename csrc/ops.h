@@ -92,5 +92,6 @@ void panels_times_weight(Tensor panels, Tensor weight /* [V,H] */, Tensor out /*
 void add_panels_times_hidden(
     Tensor panels, Tensor hidden /* [C,H] */, Tensor coefficient /* [C] */, bool accumulate,
     Tensor out /* [V,H] float32 */, std::optional<Tensor> bias_out /* [V] float32 */);
+Tensor scaled_bf16(Tensor x /* float32 */, double factor);  // x * factor in bfloat16
 
 }  // namespace metareward

@@ -19,6 +19,15 @@ static inline __attribute__((always_inline)) __m512 exp2_512(__m512 x) {
   return _mm512_scalef_ps(y, n);
 }
 
+static inline __attribute__((always_inline)) float total_of(__m512 x) {
+  alignas(64) float lanes[16];
+  _mm512_store_ps(lanes, x);
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
 // x = (z + bias) * factor - reference of `columns` logits: the sum of 2^x, that of 2^x * x, and 2^x itself, rounded, to a
 // row of each panel (columns up to a whole panel are zeros there). Streams past the cache: a chunk does not fit anyway.
 template <bool STORE, bool WEIGHTED>
@@ -50,8 +59,13 @@ static inline __attribute__((always_inline)) void exponentials_of(
   if (STORE && columns % 64 > 0 && columns % 64 <= 32) {
     _mm512_stream_si512((__m512i*)(out + columns / 64 * panel_stride + 32), _mm512_setzero_si512());
   }
-  *sum_out = _mm512_reduce_add_ps(_mm512_add_ps(sum, sum2));
-  if (WEIGHTED) *weighted_out = _mm512_reduce_add_ps(weighted);
+  *sum_out = total_of(_mm512_add_ps(sum, sum2));
+  if (WEIGHTED) *weighted_out = total_of(weighted);
+}
+
+// The term of one logit (bias included), as it is in the sums.
+static float exponential(float z, float factor, float reference) {
+  return _mm512_cvtss_f32(exp2_512(_mm512_fmsub_ps(_mm512_set1_ps(z), _mm512_set1_ps(factor), _mm512_set1_ps(reference))));
 }
 
 static void exponentials(
@@ -82,7 +96,7 @@ static float dot(const uint16_t* a, const uint16_t* b, int64_t n) {
     sum = _mm512_dpbf16_ps(
         sum, (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i), (__m512bh)_mm512_maskz_loadu_epi16(mask, b + i));
   }
-  return _mm512_reduce_add_ps(sum);
+  return total_of(sum);
 }
 
 static inline __attribute__((always_inline)) __m512 widen(__m256i x) {
@@ -225,4 +239,13 @@ static void add_panel_rows(
 static void add_panel_columns(
     const Left& a, int64_t rows, const uint16_t* tile, float* out, int64_t out_stride, int64_t columns, bool add) {
   add_rows<2, 16>(a, rows, tile, out, out_stride, columns, add);
+}
+
+// n numbers times a factor, rounded to bf16.
+static void scale_to_bf16(const float* x, int64_t n, float factor, uint16_t* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xFFFF : (1u << (n - i)) - 1u;
+    const __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(factor));
+    _mm256_mask_storeu_epi16(out + i, mask, (__m256i)_mm512_cvtneps_pbh(y));
+  }
 }

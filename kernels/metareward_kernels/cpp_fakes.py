@@ -95,6 +95,10 @@ def _add_panels_times_hidden(
     return None
 
 
+def _scaled_bf16(x: Tensor, factor: float) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+
+
 def _logit_gradient_rows(
     logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float, out: Tensor | None
 ) -> None:
@@ -147,6 +151,7 @@ def register() -> None:
     torch.library.register_fake("metareward::linear_softmax_cpp_", _linear_softmax)
     torch.library.register_fake("metareward::panels_times_weight_cpp_", _panels_times_weight)
     torch.library.register_fake("metareward::add_panels_times_hidden_cpp_", _add_panels_times_hidden)
+    torch.library.register_fake("metareward::scaled_bf16_cpp", _scaled_bf16)
     torch.library.register_fake("metareward::add_rms_norm_cpp_", _add_rms_norm)
     torch.library.register_fake("metareward::rotate_and_store_cpp_", _rotate_and_store)
     torch.library.register_fake("metareward::silu_mul_cpp", _silu_mul)

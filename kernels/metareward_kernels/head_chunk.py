@@ -100,9 +100,7 @@ class Head:
             return found, Residual(out, scale)
         logits = self._logits(hidden)
         out = (
-            None
-            if logits.dtype == hidden.dtype
-            else self._buffer("residual", hidden.dtype, hidden.shape[0])
+            None if logits.dtype == hidden.dtype else self._buffer("residual", hidden.dtype, hidden.shape[0])
         )
         scale = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
         found = softmax_residual_rows_(logits, targets, self.temperature, self.entropy, out, scale)

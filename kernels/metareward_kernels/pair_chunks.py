@@ -7,6 +7,7 @@ component; whole components are packed into chunks in the order of their first s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,6 @@ def token_rows(sequences: Sequence[int], starts: Sequence[int], device: torch.de
     lie together, else int64 indices.
     """
     ranges = [(starts[s], starts[s + 1]) for s in sequences if starts[s + 1] > starts[s]]
-    if all(before[1] == after[0] for before, after in zip(ranges, ranges[1:], strict=False)):
+    if all(before[1] == after[0] for before, after in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1]) if ranges else slice(0, 0)
     return torch.cat([torch.arange(begin, end) for begin, end in ranges]).to(device)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from metareward_kernels.pair_losses import PairLogprobs, PairLoss
+
 if TYPE_CHECKING:
     from metareward_kernels.paged_attention import Segments
 
@@ -40,6 +42,44 @@ def linear_logprob(
 def entropy(logprobs: Tensor) -> Tensor:
     """Entropy in nats of each distribution. [T,V] -> [T]; an entry of probability 0 adds 0."""
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -math.inf, 0.0)).sum(dim=-1)
+
+
+def linear_preference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    reference_logprobs: Tensor,
+    loss: PairLoss,
+    *,
+    pair_weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of all logits, sums over sequences, the loss of every pair. Holds [T,V].
+
+    Returns the loss [] (gradients by autograd), log-probs [S] and the mean entropy of each sequence's tokens [S].
+    """
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logprobs = (logits / temperature).log_softmax(dim=-1)
+    at_target = logprobs.gather(1, targets[:, None]).squeeze(1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=1)
+    lengths = torch.diff(cu_seqlens).tolist()
+    sums = torch.stack([part.sum() for part in at_target.split(lengths)])
+    means = torch.stack([part.sum() / max(1, part.numel()) for part in entropy.split(lengths)])
+    tokens = torch.tensor(lengths, dtype=sums.dtype)
+    chosen, rejected = pairs.unbind(dim=1)
+    record = PairLogprobs(
+        sums[chosen],
+        sums[rejected],
+        reference_logprobs[chosen],
+        reference_logprobs[rejected],
+        tokens[chosen],
+        tokens[rejected],
+    )
+    losses = loss(record)
+    return (losses / len(pairs) if pair_weights is None else losses * pair_weights).sum(), sums, means
 
 
 def paged_attention(
