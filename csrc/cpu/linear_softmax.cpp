@@ -137,7 +137,7 @@ void softmax_part(
     }
     for (int64_t row = begin; row < end; row += avx512bf16::ROWS) {
       const int64_t height = std::min(avx512bf16::ROWS, end - row);
-      Product product{a.hidden + row * a.hidden_stride, z, a.hidden_stride, SLAB, pairs, count * TILE, false};
+      Product product{a.hidden + row * a.hidden_stride, z, a.hidden_stride, SLAB, pairs, count * TILE, tile_size, false, false};
       avx512bf16::logit_rows(product, height, tiles.get(), count);
       for (int64_t i = 0; i < height; ++i) {
         const int64_t target = a.targets[row + i] - n;

@@ -1,4 +1,5 @@
-"""The kernels of metareward, importable without the trainer: linear log-probs, products with fp32 results, paged
+"""The kernels of metareward, importable without the trainer: linear log-probs,
+log-probs of logits, preference losses, products with fp32 results, paged
 attention, sampling, and the fused rows of inference.
 
 Every op has a plain PyTorch implementation and, where the compiled library is present, a C++ one for the CPU.
@@ -8,7 +9,9 @@ Every op has a plain PyTorch implementation and, where the compiled library is p
 from __future__ import annotations
 
 from metareward_kernels.dispatch import implementation, report
+from metareward_kernels.dpo_loss import DpoLoss, dpo_loss
 from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
+from metareward_kernels.gather_logprob import gather_logprob
 from metareward_kernels.linear_fp32 import linear_fp32, pack_bf16_weight, packed_bf16_linear
 from metareward_kernels.linear_logprob import linear_logprob
 from metareward_kernels.linear_preference import Preference, linear_preference
@@ -23,11 +26,14 @@ from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
 
 __all__ = [
+    "DpoLoss",
     "PackedGatedLinear",
     "PackedLinear",
     "Preference",
     "Segments",
     "add_rms_norm",
+    "dpo_loss",
+    "gather_logprob",
     "implementation",
     "keyed_uniforms",
     "linear_fp32",

@@ -2,7 +2,8 @@
 
 The choice is made here and nowhere else. The compiled library is loaded, and Triton imported, on the first question
 about it; when it is missing, one warning is logged a process and the PyTorch path runs. The environment variable
-METAREWARD_KERNELS forces an implementation: `torch` uses neither, `cpp` and `triton` raise where the op cannot run so.
+METAREWARD_KERNELS forces an implementation: `torch` uses neither, `cpp` and `triton` raise where the op cannot run so (under
+`cpp` an op of PYTORCH_ON_CPU still runs in PyTorch).
 The Triton kernels have never run on a GPU; without one they run in Triton's interpreter, in tests.
 """
 
@@ -23,6 +24,7 @@ OPS = (
     "head_rows",
     "linear_fp32",
     "linear_softmax",
+    "dpo_loss",
     "paged_attention",
     "sample_tokens",
     "keyed_uniforms",
@@ -36,6 +38,7 @@ TRITON_OPS = frozenset(
     (
         "linear_logprob",
         "head_rows",
+        "dpo_loss",
         "paged_attention",
         "sample_tokens",
         "keyed_uniforms",
@@ -44,6 +47,7 @@ TRITON_OPS = frozenset(
         "silu_mul",
     )
 )
+PYTORCH_ON_CPU = frozenset(("dpo_loss",))  # a few numbers: no compiled op, nothing to miss
 
 
 @cache
@@ -130,6 +134,8 @@ def implementation(
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(OPS)}")
     forced = _forced()
     if forced == "torch":
+        return "torch"
+    if op in PYTORCH_ON_CPU and device == "cpu" and forced != "triton":
         return "torch"
     wanted = forced or ("cpp" if device == "cpu" else "triton")
     reason = _missing_for_triton(op, device) if wanted == "triton" else _missing_for_cpp(device)

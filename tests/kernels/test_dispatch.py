@@ -54,7 +54,7 @@ def test_cpp_forced_where_it_cannot_run_raises(monkeypatch: pytest.MonkeyPatch) 
     every_op_runs = torch.ops.metareward.bf16_linear_supported()
     monkeypatch.setenv("METAREWARD_KERNELS", "cpp")
     if every_op_runs:
-        assert set(report().values()) == {"cpp"}
+        assert {op for op, chosen in report().items() if chosen != "cpp"} == dispatch.PYTORCH_ON_CPU
     with pytest.raises(RuntimeError, match="not on cuda"):
         implementation("sample_tokens", "cuda")
     with pytest.raises(RuntimeError, match="float64"):
