@@ -102,7 +102,7 @@ def check_values_and_gradients(op: Logprob) -> None:
 
 def check_half_precision(op: Logprob, dtype: torch.dtype = torch.float16) -> None:
     """Half-precision logits: log-probs as exact as from fp32, gradients rounded once."""
-    for vocabulary in VOCABULARIES[-3:]:
+    for vocabulary in VOCABULARIES[-2:]:
         logits, targets = nasty_rows(vocabulary, dtype)
         grad = torch.randn(len(targets), generator=torch.Generator().manual_seed(2))
         found, gradient = computed(op, logits, targets, 0.9, grad)
@@ -171,7 +171,7 @@ def check_strides(op: Logprob) -> None:
 
 def check_rerun(op: Logprob) -> None:
     """Two runs are bitwise equal."""
-    logits, targets = nasty_rows(1280)
+    logits, targets = nasty_rows(VOCABULARIES[-1])
     grad = torch.randn(len(targets), generator=torch.Generator().manual_seed(3))
     first, second = (computed(op, logits, targets, 0.8, grad) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
