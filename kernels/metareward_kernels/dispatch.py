@@ -1,10 +1,12 @@
-"""Which implementation of each op runs: "triton" (CUDA), "cpp" (compiled, CPU) or "torch" (plain PyTorch, any device).
+"""Which implementation of each op runs: "triton" (CUDA), "cpp" (compiled, CPU) or "torch" (plain PyTorch, any device);
+"cuda" (CUDA C++, CUDA_OPS only) where it is asked for.
 
 The choice is made here and nowhere else. The compiled library is loaded, and Triton imported, on the first question
 about it; when it is missing, one warning is logged a process and the PyTorch path runs. The environment variable
-METAREWARD_KERNELS forces an implementation: `torch` uses neither, `cpp` and `triton` raise where the op cannot run so (under
-`cpp` an op of PYTORCH_ON_CPU still runs in PyTorch).
-The Triton kernels have never run on a GPU; without one they run in Triton's interpreter, in tests.
+METAREWARD_KERNELS forces an implementation: `torch` uses neither, `cpp` and `triton` raise where the op cannot run so
+(under `cpp` an op of PYTORCH_ON_CPU still runs in PyTorch), and `cuda` where one of CUDA_OPS cannot; the other ops are
+then chosen freely. Neither the Triton nor the CUDA kernels have ever run on a GPU; without one they run in Triton's
+interpreter, and the CUDA ones compiled for the CPU, in tests.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ OPS = (
     "rotate_and_store",
     "silu_mul",
 )
+CUDA_OPS = frozenset(("head_rows",))
 ENVIRONMENT_VARIABLE = "METAREWARD_KERNELS"
-CHOICES = ("torch", "cpp", "triton")
+CHOICES = ("torch", "cpp", "triton", "cuda")
 TRITON_OPS = frozenset(
     (
         "linear_logprob",
@@ -54,7 +57,7 @@ PYTORCH_ON_CPU = frozenset(("dpo_loss",))  # a few numbers: no compiled op, noth
 def _load_library() -> str | None:
     """Load the compiled library once a process; the reason why it is not there, or None when it is."""
     folder = Path(__file__).parent
-    found = sorted(folder.glob("_C*.so"))
+    found = sorted(folder.glob("_C.*"))
     if not found:
         return f"no compiled library in {folder}"
     try:
@@ -107,6 +110,14 @@ def _missing_for_triton(op: str, device: str) -> str | None:
     return _import_triton() if op in TRITON_OPS else f"{op} has no Triton kernel"
 
 
+def _missing_for_cuda(device: str) -> str | None:
+    if device != "cuda":
+        return f"the CUDA kernels run on CUDA, not on {device}"
+    from metareward_kernels import cuda_head_rows
+
+    return cuda_head_rows.load_library()
+
+
 def _missing_for_cpp(device: str) -> str | None:
     return f"the compiled ops run on the CPU, not on {device}" if device != "cpu" else _load_library()
 
@@ -116,6 +127,9 @@ def unsupported_dtype(implementation: str, dtype: torch.dtype) -> str | None:
     if implementation == "triton":
         known = dtype in (torch.float32, torch.float16, torch.bfloat16)
         return None if known else f"the Triton kernel takes float32, float16 and bfloat16, not {dtype}"
+    if implementation == "cuda":
+        known = dtype in (torch.float32, torch.float16, torch.bfloat16)
+        return None if known else f"the CUDA kernel takes float32, float16 and bfloat16, not {dtype}"
     known = dtype in (torch.float32, torch.bfloat16)
     return None if known else f"the compiled op takes float32 and bfloat16, not {dtype}"
 
@@ -123,10 +137,10 @@ def unsupported_dtype(implementation: str, dtype: torch.dtype) -> str | None:
 def implementation(
     op: str, device: str = "cpu", unsupported: str | Callable[[str], str | None] | None = None
 ) -> str:
-    """The implementation that `op` runs with on `device`: "triton", "cpp" or "torch".
+    """The implementation that `op` runs with on `device`: "triton", "cuda", "cpp" or "torch".
 
     unsupported: what about the inputs at hand the device's own kernel cannot take (a phrase), or None; or a function
-    that says so for "triton" or "cpp", and is called only where that can be loaded.
+    that says so for "triton", "cuda" or "cpp", and is called only where that can be loaded.
     Raises ValueError for an unknown op or a bad METAREWARD_KERNELS, and RuntimeError when METAREWARD_KERNELS asks for
     an implementation that cannot run here.
     """
@@ -137,8 +151,13 @@ def implementation(
         return "torch"
     if op in PYTORCH_ON_CPU and device == "cpu" and forced != "triton":
         return "torch"
+    if forced == "cuda" and op not in CUDA_OPS:
+        forced = None
     wanted = forced or ("cpp" if device == "cpu" else "triton")
-    reason = _missing_for_triton(op, device) if wanted == "triton" else _missing_for_cpp(device)
+    if wanted == "triton":
+        reason = _missing_for_triton(op, device)
+    else:
+        reason = _missing_for_cuda(device) if wanted == "cuda" else _missing_for_cpp(device)
     if forced is None and reason is not None:
         if device == "cpu":
             _warn_once(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metareward_kernels import dispatch
+from metareward_kernels import cuda_head_rows, dispatch
 
 
 class RowLogprobs(NamedTuple):
@@ -47,6 +47,8 @@ def logprob_rows(
         from metareward_kernels.triton_head_rows import logprob_rows_triton
 
         return RowLogprobs(*logprob_rows_triton(logits, targets, temperature, entropy))
+    if which == "cuda":
+        return RowLogprobs(*cuda_head_rows.logprob_rows(logits, targets, temperature, entropy))
     if which == "cpp":
         if entropy:
             return RowLogprobs(
@@ -117,6 +119,8 @@ def logit_gradient_rows_(
             logits, targets.contiguous(), lse.contiguous(), coefficient.contiguous(), temperature, out
         )
         return logits if out is None else out
+    if which == "cuda":
+        return cuda_head_rows.logit_gradient_rows_(logits, targets, lse, coefficient, temperature, out)
     scale = (coefficient / temperature)[:, None]
     gradient = (logits.to(lse.dtype) / temperature).sub_(lse[:, None]).exp_().mul_(-scale)
     gradient.scatter_add_(1, targets[:, None], scale)
