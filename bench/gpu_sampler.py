@@ -16,7 +16,6 @@ it on a CPU, for its test only.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ if __name__ == "__main__":  # run from a checkout that is not installed
     for folder in (".", "kernels"):
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
-from bench.record import ROOT, check_writable, cpu_model, environment, write_json
+from bench.record import ROOT, check_writable, environment, file_words, write_json
 from metareward.errors import UserError
 from metareward.model.config import ModelConfig
 from metareward.model.decoder import Decoder
@@ -307,8 +306,7 @@ def finish(device: torch.device) -> None:
 
 def file_name(device: str, shapes: str) -> str:
     """ "nvidia-h100-80gb-hbm3-sampler"; other shapes than the published ones are named too."""
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
-    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    words = file_words(device)
     return f"{words}-sampler" if shapes == "llama3-8b" else f"{words}-{shapes}-sampler"
 
 

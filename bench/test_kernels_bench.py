@@ -15,6 +15,7 @@ import torch
 from metareward_kernels import (
     Segments,
     add_rms_norm,
+    dispatch,
     implementation,
     linear_logprob,
     paged_attention,
@@ -22,6 +23,10 @@ from metareward_kernels import (
     sample_tokens,
     silu_mul,
 )
+
+from bench.head_grid import run_pass
+from bench.head_inputs import Shape, make_inputs
+from bench.head_methods import METHODS, Unavailable
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM, PAGE = 9, 3, 64, 16
 HIDDEN, INTERMEDIATE, VOCABULARY = 576, 1536, 49152
@@ -122,6 +127,23 @@ def test_linear_logprob(run: Callable[..., None], shape: str, dtype: torch.dtype
 
     products = 4 if training else 1
     run("linear_logprob", step, {"GFLOP/s": products * 2 * tokens * HIDDEN * VOCABULARY / 1e9})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "shape", [method.name for method in METHODS if method.ours and method.name != "linear_logprob"]
+)
+def test_head_forward_backward(run: Callable[..., None], shape: str, dtype: torch.dtype) -> None:
+    (method,) = (method for method in METHODS if method.name == shape)
+    tokens = 1024
+    inputs = make_inputs(Shape(tokens, HIDDEN, VOCABULARY), dtype, "cpu", seed=0)
+    try:
+        call = method.prepare(inputs)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    op = next(op for op in method.reported if op in dispatch.OPS)
+    least = 3 * 2 * tokens * HIDDEN * VOCABULARY
+    run(op, lambda: run_pass(call, "forward+backward"), {"GFLOP/s of the three products": least / 1e9})
 
 
 @pytest.mark.parametrize(
