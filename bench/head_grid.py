@@ -2,34 +2,28 @@
 
 A cell is an op, a pass, a dtype and a shape. All its methods get the same inputs. Each is called once to warm up, and
 what it returns is compared with `linear_logprob`'s; one that deviates is not timed. Then come rounds: the bare matrix
-products once, then every method once, so that a machine that slows down slows all. The median counts.
+products once, then every method once, so that a machine that slows down slows all. The median counts. Large cells are
+dear: a first call counts there as a round, if a smaller cell has warmed the method up and it is not compiled on the spot.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from bench.head_check import Found, deviations, in_token_order, one_number, too_far
 from bench.head_inputs import DTYPES, Inputs, Shape, make_inputs
 from bench.head_methods import Call, Method, Op, Unavailable, forced, one_line
 from bench.peak_memory import available_bytes, timed_with_peak
 
 Pass = Literal["forward", "forward+backward"]
 Row = dict[str, Any]
-Found = tuple[Tensor, tuple[Tensor, ...]]  # the result, and the gradients of hidden [T,H] and weight [V,H]
-# Of a log-prob in nats; of a loss or a sum of log-probs relative; of a gradient the norm of the difference over the norm.
-# In bf16 a peer may round logits (to steps of 1/32 near 4), every term of a gradient, and a running sum.
-TOLERANCE = {
-    "bf16": {"logprob": 0.1, "sum": 0.1, "loss": 1e-2, "gradient": 5e-2},
-    "fp32": {"logprob": 1e-3, "sum": 1e-4, "loss": 1e-4, "gradient": 1e-3},
-}
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,16 @@ class Entry:
     row: Row
     seconds: list[float] = field(default_factory=list)
     peaks: list[int | None] = field(default_factory=list)
+    first_seconds: float = 0.0
+
+    def forget_time(self) -> None:
+        """The call so far was to warm up. Compiling says nothing about later calls."""
+        self.first_seconds = 0.0 if self.method.compiled else self.seconds[-1]
+        self.seconds.clear()
+        self.peaks.clear()
+
+    def expected_seconds(self) -> float:
+        return self.seconds[-1] if self.seconds else self.first_seconds
 
 
 class BareProducts:
@@ -87,37 +91,6 @@ def run_pass(call: Call, pass_: Pass) -> Found:
     return result.detach(), torch.autograd.grad(result, call.leaves, upstream)
 
 
-def in_token_order(call: Call, found: Found) -> Found:
-    """The gradient of hidden as [T,H], whatever its layout."""
-    if call.positions is None or not found[1]:
-        return found
-    hidden, weight = found[1]
-    return found[0], (hidden.flatten(0, -2)[call.positions], weight)
-
-
-def deviations(found: Found, expected: Found) -> dict[str, float]:
-    """How far a result and its gradients are from the expected ones; by the names of TOLERANCE's measures."""
-    result, wanted = found[0].double(), expected[0].double()
-    if result.dim() == 1:
-        worst = {"logprob": float((result - wanted).abs().max())}
-    else:
-        name, wanted = ("loss", wanted) if wanted.dim() == 0 else ("sum", wanted.sum())
-        worst = {name: float((result - wanted).abs() / wanted.abs())}
-    for name, ours, theirs in zip(("hidden", "weight"), expected[1], found[1], strict=bool(found[1])):
-        difference = torch.linalg.vector_norm(theirs.float() - ours.float())
-        worst[f"gradient_{name}"] = float(difference / torch.linalg.vector_norm(ours.float()))
-    return worst
-
-
-def too_far(found: dict[str, float], dtype: str) -> str | None:
-    """Which deviation is above its tolerance (NaN is), as a phrase; or None."""
-    for name, value in found.items():
-        tolerance = TOLERANCE[dtype][name.partition("_")[0]]
-        if not value <= tolerance:
-            return f"{name} deviates by {value:.2g}, more than {tolerance:.2g}"
-    return None
-
-
 def refuse_too_large(method: Method, cell: Cell) -> None:
     """Raises Unavailable where the machine cannot hold what the method holds: a CPU process would be killed."""
     needed = method.logit_copies * 4 * cell.shape.tokens * cell.shape.vocabulary
@@ -127,35 +100,48 @@ def refuse_too_large(method: Method, cell: Cell) -> None:
 
 
 def measure_cell(
-    cell: Cell, methods: Sequence[Method], *, rounds: int, seed: int, soft_end: float, hard_end: float
+    cell: Cell,
+    methods: Sequence[Method],
+    *,
+    rounds: int,
+    seed: int,
+    soft_end: float,
+    hard_end: float,
+    warm: Container[str] = (),
 ) -> list[Row]:
-    """One row a method. Rounds after the first start before `soft_end`; nothing starts after `hard_end`."""
+    """One row a method. What has been timed once is timed again only before `soft_end`; nothing starts after `hard_end`.
+
+    warm: methods that a smaller cell has called already: their first call here counts as a round.
+    """
+    start = perf_counter()
     inputs = make_inputs(cell.shape, DTYPES[cell.dtype], cell.device, seed)
     if cell.pass_ == "forward":
         inputs = inputs._replace(hidden=inputs.hidden.detach(), weight=inputs.weight.detach())
-    check = Check(cell)
+    limit = BareProducts(inputs, cell.products)
+    limit()
+    limits = [timed_with_peak(limit, cell.device)[1]] if warm else []
+    check = Check(cell, hard_end)
     entries, rows = [], []
     for method in (method for method in methods if method.op == cell.op):
         row = blank_row(cell, method)
         rows.append(row)
-        entry = check.first_call(method, inputs, row, hard_end)
+        entry = check.first_call(method, inputs, row, counts=method.name in warm and not method.compiled)
         if entry is not None:
             entries.append(entry)
-    check.forget()
-    limit = BareProducts(inputs, cell.products)
-    limit()
-    limits: list[float] = []
-    while len(limits) < rounds:
+    del check  # and the reference's gradients
+    last = perf_counter() - start
+    while len(limits) < rounds and perf_counter() < hard_end:
+        late = perf_counter() + last > soft_end
+        due = [entry for entry in entries if not (late and entry.seconds)]
+        if not due:
+            break
         gc.collect()
         start = perf_counter()
-        if start > (soft_end if limits else hard_end):
-            break
         limits.append(timed_with_peak(limit, cell.device)[1])
-        for entry in entries:
-            if perf_counter() <= hard_end:
+        for entry in due:
+            if perf_counter() + entry.expected_seconds() < hard_end:
                 time_once(entry, cell)
-        if perf_counter() + (perf_counter() - start) > soft_end:
-            break
+        last = perf_counter() - start
     for entry in entries:
         fill(entry, limits)
     return rows
@@ -164,21 +150,22 @@ def measure_cell(
 class Check:
     """First calls: the reference's is kept, the others' are compared with it."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, hard_end: float) -> None:
         self.cell = cell
+        self.hard_end = hard_end
         self.reference: Call | None = None
         self.expected: dict[bool, Found] = {}  # by whether the log-probs' gradients are all 1
 
-    def first_call(self, method: Method, inputs: Inputs, row: Row, hard_end: float) -> Entry | None:
-        """The method, ready to be timed; or None, and its row says why not."""
+    def first_call(self, method: Method, inputs: Inputs, row: Row, *, counts: bool) -> Entry | None:
+        """The method, ready to be timed; or None, and its row says why not. counts: this call is a round already."""
         try:
             row["implementation"] = method.implementation(self.cell.device, self.cell.dtype)
-            if perf_counter() > hard_end:
+            if perf_counter() > self.hard_end:
                 raise Unavailable("the time budget ran out before it")
             refuse_too_large(method, self.cell)
             with forced(method.forced):
-                call = method.prepare(inputs)
-                found = in_token_order(call, run_pass(call, self.cell.pass_))
+                entry = Entry(method, method.prepare(inputs), row)
+            found = in_token_order(entry.call, time_once(entry, self.cell))
         except Unavailable as reason:
             row["reason"] = str(reason)
             return None
@@ -188,41 +175,38 @@ class Check:
                 raise
             row["reason"] = f"it failed here: {one_line(error)}"
             return None
+        if not counts:
+            entry.forget_time()
         row["gradient_bytes"] = sum(gradient.nbytes for gradient in found[1])
         if self.reference is None:
-            self.reference = call
+            self.reference = entry.call
             self.expected[False] = found
-        row["deviation"] = deviations(found, self._expected(call))
-        reason = too_far(row["deviation"], self.cell.dtype)
-        row["wrong"] = reason is not None
-        if reason is not None:
-            row["reason"] = f"not timed: {reason}"
+        row["deviation"] = deviations(found, self._expected(entry.call))
+        wrong = too_far(row["deviation"], self.cell.dtype)
+        row["wrong"] = wrong is not None
+        if wrong is not None:
+            row["reason"] = f"not timed: {wrong}"
             row["deviation"] = {name: one_number(value) for name, value in row["deviation"].items()}
             return None
-        return Entry(method, call, row)
+        return entry
 
     def _expected(self, call: Call) -> Found:
         assert self.reference is not None
-        ones = self.reference.upstream is not None and call.upstream is None
-        if ones not in self.expected:
-            upstream = torch.ones_like(self.reference.upstream)
-            self.expected[ones] = run_pass(self.reference._replace(upstream=upstream), self.cell.pass_)
+        upstream = self.reference.upstream
+        ones = upstream is not None and call.upstream is None
+        if upstream is not None and ones not in self.expected:
+            summed = self.reference._replace(upstream=torch.ones_like(upstream))
+            self.expected[ones] = run_pass(summed, self.cell.pass_)
         return self.expected[ones]
 
-    def forget(self) -> None:
-        self.expected.clear()
 
-
-def one_number(value: float) -> float | str:
-    """JSON has no NaN and no infinity."""
-    return value if abs(value) < float("inf") else str(value)
-
-
-def time_once(entry: Entry, cell: Cell) -> None:
+def time_once(entry: Entry, cell: Cell) -> Found:
+    """One timed call; its time and peak go into the entry."""
     with forced(entry.method.forced):
-        _, seconds, peak = timed_with_peak(lambda: run_pass(entry.call, cell.pass_), cell.device)
+        found, seconds, peak = timed_with_peak(lambda: run_pass(entry.call, cell.pass_), cell.device)
     entry.seconds.append(seconds)
     entry.peaks.append(peak)
+    return found
 
 
 def blank_row(cell: Cell, method: Method) -> Row:
@@ -276,13 +260,21 @@ def measure_grid(
     """Every cell, the cheap ones first; each gets its share, by cost, of the time that is left."""
     hard_end = perf_counter() + seconds
     todo = sorted(cells, key=lambda cell: cell.weight)
+    warm: dict[Cell, set[str]] = {}  # by the cell at no particular shape
     for index, cell in enumerate(todo):
         now = perf_counter()
         share = cell.weight / sum(other.weight for other in todo[index:])
-        soft_end = now + share * max(0.0, hard_end - now)
-        after_cell(
+        called = warm.setdefault(replace(cell, shape=Shape(0, 0, 0)), set())
+        rows = measure_cell(
             cell,
-            measure_cell(cell, methods, rounds=rounds, seed=seed, soft_end=soft_end, hard_end=hard_end),
+            methods,
+            rounds=rounds,
+            seed=seed,
+            soft_end=now + share * max(0.0, hard_end - now),
+            hard_end=hard_end,
+            warm=called,
         )
+        called.update(row["method"] for row in rows if row["ms"] is not None)
+        after_cell(cell, rows)
         if cell.device == "cuda":
             torch.cuda.empty_cache()

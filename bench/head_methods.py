@@ -24,6 +24,8 @@ from torch import Tensor
 from bench.head_inputs import BETA, Inputs, sequence_sums
 
 Op = Literal["logprob", "preference"]
+# With what runs elsewhere.
+BF16_CPU_OPS = {"linear_fp32": "torch.mm", "linear_softmax": None}
 
 
 class Unavailable(Exception):
@@ -71,16 +73,17 @@ class Method:
         try:
             with forced(self.forced):
                 known = [op for op in self.reported if op in dispatch.OPS]
-                ops = ", ".join(f"{op}: {which_runs(op, device, dtype)}" for op in known)
+                running = {op: which_runs(op, device, dtype) for op in known}
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
+        ops = ", ".join(f"{op}: {which}" for op, which in running.items() if which is not None)
         return f"{self.package} {found or 'checkout'} ({ops})"
 
 
-def which_runs(op: str, device: str, dtype: str) -> str:
-    """The implementation of one of our ops; linear_fp32 has a kernel of its own for bf16 on a CPU alone."""
-    if op == "linear_fp32" and (device != "cpu" or dtype != "bf16"):
-        return "torch.mm"
+def which_runs(op: str, device: str, dtype: str) -> str | None:
+    """The implementation of one of our ops, or None where it has no part: two are for bf16 on a CPU alone."""
+    if op in BF16_CPU_OPS and (device != "cpu" or dtype != "bf16"):
+        return BF16_CPU_OPS[op]
     return dispatch.implementation(op, device)
 
 
@@ -195,13 +198,14 @@ def torch_summed_cross_entropy(inputs: Inputs) -> Call:
 def our_preference(inputs: Inputs) -> Call:
     op = load("metareward_kernels.linear_preference", "linear_preference", "metareward")
     leaves = (inputs.hidden, inputs.weight)
+    pairs = inputs.pairs.cpu()  # where it is read; from a GPU it would cost a wait
 
-    def pair_loss(pairs: PairLogprobs) -> Tensor:
-        return pair_losses.dpo(pairs, beta=BETA)
+    def pair_loss(record: PairLogprobs) -> Tensor:
+        return pair_losses.dpo(record, beta=BETA)
 
     def loss() -> Tensor:
         return op(
-            *leaves, inputs.targets, inputs.cu_seqlens, inputs.pairs, inputs.reference_logprobs, pair_loss
+            *leaves, inputs.targets, inputs.cu_seqlens, pairs, inputs.reference_logprobs, pair_loss
         ).loss
 
     return Call(loss, leaves)
@@ -225,7 +229,7 @@ HEAD_OPS = ("linear_logprob", "linear_fp32", "head_rows")
 # The first of an op is what the others' results are compared with.
 METHODS = [
     *both_ops("linear_logprob", our_linear_logprob, package=OURS, reported=HEAD_OPS),
-    Method("linear_preference", "preference", our_preference, OURS, ("linear_preference", *HEAD_OPS[1:])),
+    Method("linear_preference", "preference", our_preference, OURS, ("linear_softmax", *HEAD_OPS[1:])),
     Method("linear_logprob + dpo_loss", "preference", our_dpo_loss, OURS, (*HEAD_OPS, "dpo_loss")),
     *both_ops(
         "linear + gather_logprob",
@@ -235,7 +239,8 @@ METHODS = [
         logit_copies=2,
     ),
     *both_ops("eager", lambda: eager, logit_copies=4),
-    *both_ops("linear_cross_entropy", lambda: torch_linear_cross_entropy(False), logit_copies=4),
+    # With a pair loss behind it, it is eager once more.
+    both_ops("linear_cross_entropy", lambda: torch_linear_cross_entropy(False), logit_copies=4)[0],
     *both_ops("linear_cross_entropy, chunked", lambda: torch_linear_cross_entropy(True)),
     Method(
         "linear_cross_entropy, chunked, summed",

@@ -112,7 +112,6 @@ PEERS = [
             note=DPO_NOTE,
             compiled=compiled,
         )
-        for pairs in (1, 8)
-        for compiled in (False, True)
+        for pairs, compiled in ((1, False), (1, True), (8, True))
     ),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -15,16 +16,8 @@ import torch
 from torch import Tensor
 
 from bench import head_plot, kernels
-from bench.head_grid import (
-    Cell,
-    Row,
-    deviations,
-    in_token_order,
-    measure_cell,
-    measure_grid,
-    run_pass,
-    too_far,
-)
+from bench.head_check import deviations, in_token_order, too_far
+from bench.head_grid import Cell, Row, measure_cell, measure_grid, run_pass
 from bench.head_inputs import LONGEST, SHORTEST, Inputs, Shape, make_inputs, pad, pair_lengths
 from bench.head_methods import METHODS, Call, Method, Unavailable, both_ops, eager, forced, per_token
 from bench.head_peers import PEERS
@@ -182,8 +175,6 @@ def test_forced_implementation_runs_and_is_reported(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Unavailable, match="Triton"):
         replace(method, forced="triton").implementation("cpu", "fp32")
     with forced("cpp"), forced(None):
-        import os
-
         assert os.environ["METAREWARD_KERNELS"] == "cpp"
     assert "METAREWARD_KERNELS" not in os.environ
 
