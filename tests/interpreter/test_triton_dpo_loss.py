@@ -11,7 +11,7 @@ from metareward_kernels import dpo_loss, triton_dpo_loss
 from metareward_kernels.triton_dpo_loss import dpo_loss_backward_triton, dpo_loss_triton
 
 from tests.kernels import dpo_checks
-from tests.kernels.dpo_checks import TANGLED, weights
+from tests.kernels.dpo_checks import TANGLED, make, weights
 
 Run = Callable[..., Any]
 
@@ -72,14 +72,12 @@ def test_float64_is_not_taken() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the arguments are on the CPU")
 def test_opcheck() -> None:
-    logprobs, cu_seqlens, pairs, reference = TANGLED
-    strided = logprobs.repeat_interleave(2)[::2]
-    grad_losses, grad_sums = weights(TANGLED)
-    empty = (torch.zeros(0), torch.zeros(1).long(), torch.zeros(0, 2).long(), torch.zeros(0))
-    for case in ((logprobs, cu_seqlens, pairs, reference), (strided, cu_seqlens, pairs, reference), empty):
-        leaf = case[0].detach().requires_grad_()
-        torch.library.opcheck(torch.ops.metareward.dpo_loss.default, (leaf, *case[1:], 0.3, "sigmoid", 0.1))
-    arguments = (grad_losses, grad_sums, torch.randn(6), cu_seqlens, pairs, len(logprobs))
+    case = make([3, 0, 9], [(0, 2), (2, 1)])
+    strided = case._replace(logprobs=case.logprobs.repeat_interleave(2)[::2])
+    for logprobs, *rest in (case, strided, make([], [])):
+        arguments = (logprobs.detach().requires_grad_(), *rest, 0.3, "sigmoid", 0.1)
+        torch.library.opcheck(torch.ops.metareward.dpo_loss.default, arguments)
+    arguments = (torch.randn(2), torch.randn(3), torch.randn(2), case.cu_seqlens, case.pairs, 12)
     torch.library.opcheck(torch.ops.metareward.dpo_loss_backward.default, arguments)
 
 

@@ -29,7 +29,7 @@ def make(lengths: list[int], pairs: list[tuple[int, int]], scale: float = 1.0) -
     generator = torch.Generator().manual_seed(sum(lengths) + len(pairs))
     logprobs = -torch.rand(sum(lengths), generator=generator) * 4
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()])
-    sums = torch.stack([part.double().sum() for part in logprobs.split(lengths)])
+    sums = torch.tensor([float(part.double().sum()) for part in logprobs.split(lengths)], dtype=torch.float64)
     reference = (sums + scale * torch.randn(len(lengths), generator=generator, dtype=torch.float64)).float()
     return Case(logprobs, cu_seqlens, torch.tensor(pairs, dtype=torch.int64).view(-1, 2), reference)
 
@@ -137,14 +137,13 @@ def check_margins_far_from_zero(dpo_loss: Dpo) -> None:
 def check_sums_are_rounded_once(dpo_loss: Dpo) -> None:
     """Log-probs of very different sizes, whose rounding errors would add up; the fp64 sum to half a step."""
     generator = torch.Generator().manual_seed(5)
-    count = 300
-    logprobs = -torch.rand(count, generator=generator) * 10.0 ** torch.randint(
-        -6, 3, (count,), generator=generator
-    )
-    case = Case(logprobs, torch.tensor([0, count]), torch.tensor([[0, 0]]), torch.zeros(1))
+    sizes = 10.0 ** torch.randint(-6, 3, (6, 60), generator=generator)
+    logprobs = -torch.rand(6, 60, generator=generator) * sizes
+    cu_seqlens = torch.arange(0, 361, 60)
+    case = Case(logprobs.flatten(), cu_seqlens, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(6))
     found = dpo_loss(*case, beta=0.1).logprobs
-    exact = logprobs.double().sum()
-    assert abs(found.double() - exact) <= exact.abs() * 2.0**-24
+    exact = logprobs.double().sum(dim=1)
+    assert ((found.double() - exact).abs() <= exact.abs() * 2.0**-24).all()
 
 
 def check_empty_inputs(dpo_loss: Dpo) -> None:

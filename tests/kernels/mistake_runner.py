@@ -17,9 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401
 import numpy  # noqa: F401
 import pytest
 import torch
+import torch._dynamo
 import triton  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]

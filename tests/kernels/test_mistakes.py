@@ -37,22 +37,22 @@ def room(file: str, *nodes: str) -> tuple[str, ...]:
     return tuple(f"tests/kernels/test_{file}.py::test_{node}" for node in nodes)
 
 
-ROWS = interpreter("head_checks", "check[gather_logprob-values_and_gradients]")
+ROWS = interpreter("triton_head", "logprob_rows[1-1281-dtype0]")
 SPLIT_ROWS = interpreter("triton_head", "logprob_rows[5-1281-dtype0]")
-TILES = interpreter("triton_head", "small_tiles[True-81-20-97-dtype0]", "nasty_logits[dtype0-50]")
-DPO = interpreter(
-    "triton_dpo_loss",
-    "check[impossible_tokens]",
-    "check[sums_are_rounded_once]",
-    "check[margins_far_from_zero]",
-    "check[losses_rewards_and_gradients]",
+ROW_GRADIENTS = interpreter("triton_head", "logit_gradient_rows[False-dtype0]")
+NASTY_TILES = interpreter("triton_head", "nasty_logits[dtype0-50]")
+TILES = interpreter("triton_head", "small_tiles[True-81-20-97-dtype0]")
+DPO = interpreter("triton_dpo_loss", "check[strides]")
+DPO_SUMS = interpreter("triton_dpo_loss", "check[impossible_tokens]", "check[sums_are_rounded_once]")
+DPO_FAR = interpreter("triton_dpo_loss", "check[margins_far_from_zero]")
+DRAW = interpreter(
+    "triton_sample", "nasty_rows[chosen0-128-1]", "nasty_rows[chosen7-128-1]", "nasty_rows[chosen13-32-1]"
 )
-DRAW = interpreter("triton_sample", "nasty_rows[chosen5-32-1]", "nasty_rows[chosen0-128-1]")
 ATTENTION = interpreter(
     "triton_paged_attention",
     "large_scores[-100.0]",
+    "large_scores[80.0]",
     "causal_prefill_mixed_with_decode[shape0]",
-    "split_along_tokens_and_padded[shape0]",
 )
 TORCH_ROWS = room("head_checks", "check[torch-gather_logprob-values_and_gradients]")
 TORCH_HEAD = room(
@@ -88,35 +88,35 @@ MISTAKES = [
         "triton_head_rows.py",
         "tl.load(coefficients + row)",
         "tl.load(coefficients)",
-        ROWS,
+        ROW_GRADIENTS,
     ),
     Mistake(
         "rows: the log-sum-exp of token 0 for all",
         "triton_head_rows.py",
         "tl.load(lse + row)",
         "tl.load(lse)",
-        ROWS,
+        ROW_GRADIENTS,
     ),
     Mistake(
         "rows: the target's column has the wrong sign",
         "triton_head_rows.py",
         "tl.load(targets + row), 1.0, 0.0) - share",
         "tl.load(targets + row), -1.0, 0.0) - share",
-        ROWS,
+        ROW_GRADIENTS,
     ),
     Mistake(
         "rows: the temperature is forgotten in the gradient's scale",
         "triton_head_rows.py",
         "tl.load(coefficients + row) * inverse_temperature",
         "tl.load(coefficients + row)",
-        ROWS,
+        ROW_GRADIENTS,
     ),
     Mistake(
         "rows: the temperature is forgotten in the gradient's softmax",
         "triton_head_rows.py",
         "tl.exp2((x * inverse_temperature -",
         "tl.exp2((x -",
-        ROWS,
+        ROW_GRADIENTS,
     ),
     Mistake(
         "rows: sums are not rebased on a new maximum",
@@ -141,7 +141,7 @@ MISTAKES = [
         "triton_linear_logprob.py",
         'top = tl.full([BLOCK_M], -float("inf"), tl.float32)',
         "top = tl.zeros([BLOCK_M], tl.float32)",
-        TILES,
+        NASTY_TILES,
     ),
     Mistake(
         "head: the vocabulary's tail is not masked",
@@ -215,21 +215,21 @@ MISTAKES = [
         "triton_dpo_loss.py",
         "total, total + rest)",
         "total, total)",
-        DPO,
+        DPO_SUMS,
     ),
     Mistake(
         "dpo: an impossible token makes NaN",
         "triton_dpo_loss.py",
         'tl.where(tl.abs(total) == float("inf"), total, total + rest)',
         "total + rest",
-        DPO,
+        DPO_SUMS,
     ),
     Mistake(
         "dpo: small losses lose their digits",
         "triton_dpo_loss.py",
         "tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))",
         "tl.log(u)",
-        DPO,
+        DPO_FAR,
     ),
     Mistake(
         "dpo: beta is forgotten in the slope",
@@ -384,10 +384,10 @@ MISTAKES = [
         "torch",
     ),
     Mistake(
-        "dpo, torch: a sequence's last token belongs to the next",
+        "dpo, torch: a sequence's first token belongs to the one before",
         "dpo_loss.py",
         "tokens, right=True)",
-        "tokens + 1, right=True)",
+        "tokens - 1, right=True)",
         TORCH_DPO,
         "torch",
     ),
