@@ -268,10 +268,10 @@ MISTAKES = [
         DRAW,
     ),
     Mistake(
-        "draw: of equal logits all are kept",
+        "draw: of logits equal to the cut too many are kept",
         "triton_sample.py",
-        "((key == cut) & (token <= last_tie))) & (weight > 0.0)",
-        "(key == cut)) & (weight > 0.0)",
+        "cut, top_k - above, BLOCK)",
+        "cut, top_k, BLOCK)",
         DRAW,
     ),
     Mistake(
