@@ -45,9 +45,7 @@ TILES = interpreter("triton_head", "small_tiles[True-81-20-97-dtype0]")
 DPO = interpreter("triton_dpo_loss", "check[strides]")
 DPO_SUMS = interpreter("triton_dpo_loss", "check[impossible_tokens]", "check[sums_are_rounded_once]")
 DPO_FAR = interpreter("triton_dpo_loss", "check[margins_far_from_zero]")
-DRAW = interpreter(
-    "triton_sample", "nasty_rows[chosen0-128-1]", "nasty_rows[chosen7-128-1]", "nasty_rows[chosen13-32-1]"
-)
+DRAW = interpreter("triton_sample", "nasty_rows[chosen0-128-1]", "nasty_rows[chosen3-128-1]")
 ATTENTION = interpreter(
     "triton_paged_attention",
     "large_scores[-100.0]",
