@@ -38,7 +38,8 @@ def draw(record: dict[str, Any], path: Path) -> Path:
         raise UserError("nothing was timed, so there is nothing to draw")
     columns = list(dict.fromkeys((row["op"], row["pass"]) for row in record["rows"]))
     groups = list(dict.fromkeys((row["dtype"], row["H"], row["V"]) for row in record["rows"]))
-    figure = Figure(figsize=(6.2 * len(columns), 8.4 * len(groups)), layout="constrained")
+    styles = line_styles(rows)
+    figure = Figure(figsize=(8.4 * len(columns), 8.4 * len(groups)), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots(2 * len(groups), len(columns), squeeze=False)
     for g, group in enumerate(groups):
@@ -49,9 +50,9 @@ def draw(record: dict[str, Any], path: Path) -> Path:
                 if (row["op"], row["pass"]) == column and (row["dtype"], row["H"], row["V"]) == group
             ]
             title = f"{column[0]}, {column[1]}\n{group[0]}, H {group[1]:,}, V {group[2]:,}"
-            draw_cells(axes[2 * g][c], here, "ms", "ms", 1.0)
+            draw_cells(axes[2 * g][c], here, styles, "ms", "ms", 1.0)
             axes[2 * g][c].set_title(title)
-            draw_cells(axes[2 * g + 1][c], here, "peak_bytes", "peak MB above the inputs", 1e-6)
+            draw_cells(axes[2 * g + 1][c], here, styles, "peak_bytes", "peak MB above the inputs", 1e-6)
     machine = record["machine"]
     name = machine.get("gpu", machine["cpu"])
     figure.suptitle(f"{name}, torch {record['versions']['torch']}, {record['date'][:10]}")
@@ -59,10 +60,31 @@ def draw(record: dict[str, Any], path: Path) -> Path:
     return path
 
 
-def draw_cells(axes: Any, rows: Sequence[Row], field: str, label: str, scale: float) -> None:
-    """Lines of one figure: ours wide and in colour, the limit dashed."""
-    names = list(dict.fromkeys((row["ours"], row["method"]) for row in rows))
-    for place, (ours, name) in enumerate(sorted(names, key=lambda pair: not pair[0])):
+def base_name(method: str) -> str:
+    """A method for both ops has one look."""
+    return method.removesuffix(" + pair loss")
+
+
+def line_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By base name: ours wide with five colours of their own, the others thin with the other five."""
+    styles: dict[str, dict[str, Any]] = {}
+    for ours in (True, False):
+        names = dict.fromkeys(base_name(row["method"]) for row in rows if row["ours"] == ours)
+        for place, name in enumerate(names):
+            styles[name] = {
+                "color": f"C{place % 5 + (0 if ours else 5)}",
+                "linestyle": ("-", "--", ":")[place // 5 % 3],
+                "linewidth": 2.6 if ours else 1.0,
+                "marker": "o" if ours else "x",
+            }
+    return styles
+
+
+def draw_cells(
+    axes: Any, rows: Sequence[Row], styles: dict[str, dict[str, Any]], field: str, label: str, scale: float
+) -> None:
+    """Lines of one figure; the limit is black. The legend stands beside the figure of time."""
+    for name in dict.fromkeys(row["method"] for row in sorted(rows, key=lambda row: not row["ours"])):
         points = sorted(
             (row["T"], row[field] * scale) for row in rows if row["method"] == name and row[field] is not None
         )
@@ -70,10 +92,7 @@ def draw_cells(axes: Any, rows: Sequence[Row], field: str, label: str, scale: fl
             axes.plot(
                 *zip(*points, strict=True),
                 label=name,
-                marker="o" if ours else "x",
-                linewidth=2.6 if ours else 1.0,
-                color=f"C{place % 10}",
-                linestyle="-" if ours else ("-", "--", ":")[place // 10 % 3],
+                **styles[base_name(name)],
             )
     limits = sorted({row["T"]: row["limit_ms"] for row in rows}.items())
     if field == "ms" and limits:
@@ -85,8 +104,8 @@ def draw_cells(axes: Any, rows: Sequence[Row], field: str, label: str, scale: fl
     axes.set_xlabel("tokens")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3, which="both")
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="x-small")
+    if field == "ms" and axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

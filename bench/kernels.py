@@ -24,7 +24,7 @@ from rich.table import Table
 from bench import head_plot
 from bench.head_grid import Cell, Row
 from bench.head_inputs import Inputs, Shape, check_shape
-from bench.head_methods import METHODS, Call, Method, Unavailable
+from bench.head_methods import METHODS, Call, Method, Op, Unavailable
 from bench.head_peers import PEERS
 from bench.head_run import make_cells, run, wrong_of_ours
 from bench.record import check_writable
@@ -41,6 +41,7 @@ def benchmark(
     hidden: int = 576,
     vocabulary: int = 49152,
     dtype: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32"),
+    op: tuple[Op, ...] = ("logprob", "preference"),
     device: Literal["cpu", "cuda"] = "cpu",
     rounds: int = 5,
     minutes: float = 9.0,
@@ -57,6 +58,7 @@ def benchmark(
         hidden: Size of a hidden state, H.
         vocabulary: Words, V.
         dtype: Of hidden states and weight.
+        op: Per-token log-probs (forward, and with backward), the preference loss (forward and backward), or both.
         device: Where all run.
         rounds: How often each method is timed at most; the median counts.
         minutes: The time for everything; dear cells get fewer rounds when it is short, and the file says how many.
@@ -69,8 +71,8 @@ def benchmark(
         raise UserError(f"--rounds is {rounds}: set 1 or more")
     if not minutes > 0:
         raise UserError(f"--minutes is {minutes}: give more than 0")
-    if not tokens or not dtype:
-        raise UserError("--tokens or --dtype names nothing: give one or more, or leave it out")
+    if not tokens or not dtype or not op:
+        raise UserError("--tokens, --dtype or --op names nothing: give one or more, or leave it out")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for and there is no CUDA device: leave it out")
     shapes = [Shape(count, hidden, vocabulary) for count in dict.fromkeys(tokens)]
@@ -84,7 +86,7 @@ def benchmark(
     if plot:
         head_plot.check_available()
     quiet_peers()
-    cells = make_cells(shapes, list(dict.fromkeys(dtype)), device)
+    cells = [cell for cell in make_cells(shapes, list(dict.fromkeys(dtype)), device) if cell.op in op]
     methods = [
         method if compiled or not method.compiled else leave_out(method) for method in (*METHODS, *PEERS)
     ]

@@ -23,6 +23,7 @@ from bench.head_methods import METHODS, Call, Method, Unavailable, both_ops, eag
 from bench.head_peers import PEERS
 from bench.head_run import make_cells
 from bench.peak_memory import PROCESS, timed_with_peak
+from metareward.errors import UserError
 
 FIELDS = ("op", "implementation", "device", "dtype", "T", "H", "V", "pass")
 MEASURES = ("ms", "peak_bytes", "limit_ms", "limit_ratio")
@@ -204,6 +205,7 @@ def test_peak_counts_what_is_freed_before_the_end() -> None:
         (["--minutes", "0"], "--minutes is 0"),
         (["--tokens", "100"], "--tokens 100 holds no pair"),
         (["--tokens"], "names nothing"),
+        (["--op"], "names nothing"),
         (["--hidden", "0"], "--hidden is 0"),
         (["--json", "{folder}/x.txt"], "does not end in .json"),
         (["--json", "{folder}/folder.json"], "is a folder"),
@@ -233,8 +235,9 @@ def test_cuda_without_a_gpu_is_one_sentence(tmp_path: Path, capsys: pytest.Captu
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(kernels.UserError, match=r"metareward\[bench\].*--no-plot"):
-        head_plot.check_available()
+    with pytest.raises(UserError, match=r"metareward\[bench\].*--no-plot"):
+        kernels.benchmark(json=tmp_path / "x.json", quick=True)
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_plot_has_a_line_a_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
