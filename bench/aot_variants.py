@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from metareward_kernels import (
+    triton_dpo_loss,
     triton_fused_rows,
     triton_head_rows,
     triton_head_tiles,
@@ -171,6 +172,35 @@ def linear_logprob() -> Iterator[Variant]:
                 )
 
 
+def pair_loss() -> Iterator[Variant]:
+    """The fused pair loss and its gradient, with cu_seqlens of both integer types."""
+    scores = (
+        "logprobs",
+        "reference_logprobs",
+        "losses",
+        "sums",
+        "chosen_rewards",
+        "rejected_rewards",
+        "margins",
+    )
+    fp32 = dict.fromkeys((*scores, "slopes", "grad_losses", "grad_sums", "gradient"), "*fp32")
+    fp32 |= {"beta": "fp32", "smoothing": "fp32"}
+    for index in ("i32", "i64"):
+        types = {**fp32, "cu_seqlens": f"*{index}", "pairs": "*i64"}
+        for loss in ("sigmoid", "ipo", "hinge"):
+            constants: dict[str, Any] = {"LOSS": loss, "BLOCK": triton_dpo_loss.BLOCK_TOKENS}
+            name = f"score_pairs/{loss}/{index}"
+            yield Variant(name, triton_dpo_loss.score_pairs, types, constants, triton_dpo_loss.WARPS)
+        constants = {"BLOCK": triton_dpo_loss.BLOCK_TOKENS, "BLOCK_PAIRS": triton_dpo_loss.BLOCK_PAIRS}
+        yield Variant(
+            f"spread_gradient/{index}",
+            triton_dpo_loss.spread_gradient,
+            types,
+            constants,
+            triton_dpo_loss.WARPS,
+        )
+
+
 def variants() -> list[Variant]:
     """All of them."""
-    return [*attention(), *sampler(), *fused_rows(), *head_rows(), *linear_logprob()]
+    return [*attention(), *sampler(), *fused_rows(), *head_rows(), *linear_logprob(), *pair_loss()]

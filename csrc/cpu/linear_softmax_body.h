@@ -42,12 +42,12 @@ static inline __attribute__((always_inline)) void exponentials_of(
     for (int h = 0; h < 2; ++h) {
       const int64_t at = j + 16 * h, left = columns - at;
       const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (1u << left) - 1u : 0;
-      __m512 x = _mm512_loadu_ps(z + at);  // whole tiles are computed: reading past `columns` is fine
+      __m512 x = _mm512_loadu_ps(z + at);  // whole tiles are computed: past `columns` lies anything, masked below
       if (bias != nullptr) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(mask, bias + at));
       x = _mm512_fmsub_ps(x, scale, shift);
       y[h] = _mm512_maskz_mov_ps(mask, exp2_512(x));
       // Where 2^x is 0 so is its term, an x of minus infinity included.
-      if (WEIGHTED) weighted = _mm512_fmadd_ps(y[h], _mm512_max_ps(_mm512_set1_ps(-200.0f), x), weighted);
+      if (WEIGHTED) weighted = _mm512_fmadd_ps(y[h], _mm512_maskz_max_ps(mask, _mm512_set1_ps(-200.0f), x), weighted);
     }
     sum = _mm512_add_ps(sum, y[0]);
     sum2 = _mm512_add_ps(sum2, y[1]);

@@ -95,16 +95,16 @@ class Head:
     def residual(self, hidden: Tensor, targets: Tensor) -> tuple[RowLogprobs, Residual]:
         """One product; what it returns is in the head's buffers, until the next call."""
         if self.panels:
-            out = self._buffer("panels", torch.bfloat16, hidden.shape[0])
-            found, scale = self._linear_softmax(_rows(hidden), targets, out)
-            return found, Residual(out, scale)
+            panels = self._buffer("panels", torch.bfloat16, hidden.shape[0])
+            found, scale = self._linear_softmax(_rows(hidden), targets, panels)
+            return found, Residual(panels, scale)
         logits = self._logits(hidden)
         out = (
             None if logits.dtype == hidden.dtype else self._buffer("residual", hidden.dtype, hidden.shape[0])
         )
-        scale = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
-        found = softmax_residual_rows_(logits, targets, self.temperature, self.entropy, out, scale)
-        return found, Residual(logits if out is None else out, 1.0 / scale)
+        factor = HALF_SCALE if hidden.dtype == torch.float16 else 1.0
+        found = softmax_residual_rows_(logits, targets, self.temperature, self.entropy, out, factor)
+        return found, Residual(logits if out is None else out, 1.0 / factor)
 
     def times_weight(self, residual: Residual) -> Tensor:
         """residual.rows @ weight [C,H], unscaled; float32 from the compiled kernel, else the weight's dtype."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from metareward_kernels import cuda_head_rows, dispatch
 
+PLAIN_ROWS = 16  # of logits at a time in plain PyTorch
+
 
 class RowLogprobs(NamedTuple):
     logprobs: Tensor  # [C] log softmax(logits / temperature) at the target, at most 0
@@ -83,16 +85,30 @@ def softmax_residual_rows_(
     logits, targets and out as in `logit_gradient_rows_`; logits are lost even where `out` is given. Compiled, with a
     scale of 1, it reads the logits once: the later passes find the row in the cache.
     """
-    if _implementation(logits) == "cpp" and scale == 1.0 and (out is None or out.dtype == torch.bfloat16):
+    which = _implementation(logits)
+    if which == "cuda":
+        return RowLogprobs(
+            *cuda_head_rows.softmax_residual_rows_(logits, targets, temperature, entropy, out, scale)
+        )
+    if which == "cpp" and scale == 1.0 and (out is None or out.dtype == torch.bfloat16):
         logprobs, lse, found = torch.ops.metareward.softmax_residual_rows_cpp_(
             logits, targets.contiguous(), temperature, entropy, out
         )
         return RowLogprobs(logprobs, lse, found if entropy else None)
-    rows = logprob_rows(logits, targets, temperature, entropy)
-    logit_gradient_rows_(
-        logits, targets, rows.lse, torch.full_like(rows.lse, scale * temperature), temperature, out
-    )
-    return rows
+    # A few rows at a time where PyTorch's temporary copies of them would be as large as the logits, thrice.
+    step = PLAIN_ROWS if which == "torch" else max(1, logits.shape[0])
+    # The results are there before the temporaries: small blocks kept between large ones would break up the heap.
+    whole = torch.empty(3, logits.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    for start in range(0, logits.shape[0], step):
+        part = slice(start, start + step)
+        rows = logprob_rows(logits[part], targets[part], temperature, entropy)
+        whole[0, part], whole[1, part] = rows.logprobs, rows.lse
+        if rows.entropy is not None:
+            whole[2, part] = rows.entropy
+        coefficient = torch.full_like(rows.lse, scale * temperature)
+        into = None if out is None else out[part]
+        logit_gradient_rows_(logits[part], targets[part], rows.lse, coefficient, temperature, into)
+    return RowLogprobs(whole[0], whole[1], whole[2] if entropy else None)
 
 
 def logit_gradient_rows_(

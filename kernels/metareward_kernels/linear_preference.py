@@ -14,7 +14,8 @@ The CUDA path has never run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -353,6 +354,55 @@ def _check_vector(x: Tensor, name: str, size: int) -> None:
         raise ValueError(f"{name} gets no gradient; detach it")
 
 
+def _linear_preference(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    pairs: Tensor,
+    reference_logprobs: Tensor,
+    loss: PairLoss,
+    pair_weights: Tensor | None,
+    temperature: float,
+    return_entropy: bool,
+    chunk_tokens: int | None,
+) -> Preference:
+    hidden, weight, bias = inputs
+    _check_inputs(hidden, weight, targets, bias, temperature)
+    starts, found = _check_layout(cu_seqlens, pairs, hidden.shape[0])
+    _check_vector(reference_logprobs, "reference_logprobs", len(starts) - 1)
+    if pair_weights is None:
+        pair_weights = torch.full((len(found),), 1.0 / max(1, len(found)), dtype=torch.float64)
+    _check_vector(pair_weights, "pair_weights", len(found))
+    if chunk_tokens is None:
+        chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else CUDA_CHUNK_TOKENS
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    problem = _Problem(starts, found, reference_logprobs, loss, pair_weights, hidden.device)
+    need = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
+    value, losses, logprobs, entropy = _LinearPreference.apply(
+        *inputs, targets, problem, temperature, return_entropy, chunk_tokens, need
+    )
+    with torch.no_grad():
+        record = problem.record(logprobs)
+        margins = record.margin
+        return Preference(
+            value,
+            losses,
+            logprobs,
+            record.chosen_ratio,
+            record.rejected_ratio,
+            margins,
+            (margins > 0).float(),
+            entropy if return_entropy else None,
+        )
+
+
+@cache
+def _outside_of_graphs() -> Callable[..., Preference]:
+    """The whole call, not traced by torch.compile. Made on the first call: it imports torch._dynamo."""
+    return torch.compiler.disable(_linear_preference, reason="a loss is a Python function")
+
+
 def linear_preference(
     hidden: Tensor,  # [T,H]
     weight: Tensor,  # [V,H]
@@ -384,32 +434,15 @@ def linear_preference(
     Under torch.compile it is one graph break: a loss is a Python function, which no operator can take.
     Raises TypeError, ValueError or IndexError for inputs that do not fit together.
     """
-    _check_inputs(hidden, weight, targets, bias, temperature)
-    starts, found = _check_layout(cu_seqlens, pairs, hidden.shape[0])
-    _check_vector(reference_logprobs, "reference_logprobs", len(starts) - 1)
-    if pair_weights is None:
-        pair_weights = torch.full((len(found),), 1.0 / max(1, len(found)), dtype=torch.float64)
-    _check_vector(pair_weights, "pair_weights", len(found))
-    if chunk_tokens is None:
-        chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else CUDA_CHUNK_TOKENS
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    problem = _Problem(starts, found, reference_logprobs, loss, pair_weights, hidden.device)
-    inputs = (hidden, weight, bias)
-    need = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
-    value, losses, logprobs, entropy = _LinearPreference.apply(
-        *inputs, targets, problem, temperature, return_entropy, chunk_tokens, need
+    return _outside_of_graphs()(
+        (hidden, weight, bias),
+        targets,
+        cu_seqlens,
+        pairs,
+        reference_logprobs,
+        loss,
+        pair_weights,
+        temperature,
+        return_entropy,
+        chunk_tokens,
     )
-    with torch.no_grad():
-        record = problem.record(logprobs)
-        margins = record.margin
-        return Preference(
-            value,
-            losses,
-            logprobs,
-            record.chosen_ratio,
-            record.rejected_ratio,
-            margins,
-            (margins > 0).float(),
-            entropy if return_entropy else None,
-        )

@@ -175,6 +175,50 @@ def product_cases() -> list[Arguments]:
     return [(randn(rows, 7).bfloat16(), weight, torch.zeros(rows, 50)) for rows in (3, 0)]
 
 
+def gated_cases() -> list[Arguments]:
+    packed = torch.ops.metareward.pack_bf16_weight_cpp(randn(50, 7).bfloat16())
+    tiles = torch.stack([packed, packed], dim=1)
+    return [(randn(rows, 7).bfloat16(), tiles, torch.zeros(rows, 50)) for rows in (3, 0)]
+
+
+def softmax_cases() -> list[Arguments]:
+    weight = randn(70, 12).bfloat16()
+    return [
+        (randn(rows, 12).bfloat16(), weight, bias, ids(rows, 70), 0.9, panels, out)
+        for rows in (3, 0)
+        for bias, panels, out in (
+            (None, False, None),
+            (randn(70), True, torch.zeros(2, rows, 64, dtype=torch.bfloat16)),
+        )
+    ]
+
+
+def panels(rows: int) -> Tensor:
+    return randn(2, rows, 64).bfloat16()
+
+
+def panel_hidden_cases() -> list[Arguments]:
+    return [
+        (panels(rows), randn(rows, 12).bfloat16(), randn(rows), accumulate, torch.zeros(70, 12), bias)
+        for rows in (3, 0)
+        for accumulate, bias in ((True, torch.zeros(70)), (False, None))
+    ]
+
+
+def residual_cases() -> list[Arguments]:
+    return [
+        (
+            randn(rows, 9).to(dtype),
+            ids(rows, 9),
+            0.9,
+            True,
+            None if out is None else torch.zeros(rows, 9, dtype=out),
+        )
+        for rows in (6, 0)
+        for dtype, out in ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None))
+    ]
+
+
 PYTHON_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "linear_logprob": head_cases,
     "linear_logprob_backward": head_backward_cases,
@@ -192,14 +236,33 @@ COMPILED_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "sample_tokens_cpp": lambda: [(case[0].contiguous(), *case[1:]) for case in draw_cases()],
     "logprob_rows_cpp": row_cases,
     "logit_gradient_rows_cpp_": row_gradient_cases,
+    "logprob_entropy_rows_cpp": row_cases,
+    "softmax_residual_rows_cpp_": residual_cases,
     "add_rms_norm_cpp_": norm_cases,
     "rotate_and_store_cpp_": rotary_cases,
     "silu_mul_cpp": lambda: [(randn(3, 48),), (randn(3, 60)[:, 6:54],), (randn(0, 48),)],
     "pack_bf16_weight_cpp": lambda: [(randn(50, 7).bfloat16(),), (randn(5, 16).bfloat16(),)],
     "packed_linear_cpp_": packed_cases,
+    "packed_gated_linear_cpp_": gated_cases,
     "bf16_linear_cpp_": product_cases,
+    "linear_softmax_cpp_": softmax_cases,
+    "panels_times_weight_cpp_": lambda: [
+        (panels(rows), randn(70, 12).bfloat16(), torch.zeros(rows, 12)) for rows in (3, 0)
+    ],
+    "add_panels_times_hidden_cpp_": panel_hidden_cases,
+    "scaled_bf16_cpp": lambda: [(randn(rows, 5), 0.3) for rows in (3, 0)],
 }
-BF16_UNIT = frozenset(("pack_bf16_weight_cpp", "packed_linear_cpp_", "bf16_linear_cpp_"))
+BF16_UNIT = frozenset(
+    (
+        "pack_bf16_weight_cpp",
+        "packed_linear_cpp_",
+        "packed_gated_linear_cpp_",
+        "bf16_linear_cpp_",
+        "linear_softmax_cpp_",
+        "panels_times_weight_cpp_",
+        "add_panels_times_hidden_cpp_",
+    )
+)
 
 
 def registered() -> set[str]:
