@@ -40,7 +40,7 @@ def room(file: str, *nodes: str) -> tuple[str, ...]:
 ROWS = interpreter("triton_head", "logprob_rows[1-1281-dtype0]")
 SPLIT_ROWS = interpreter("triton_head", "logprob_rows[5-1281-dtype0]")
 ROW_GRADIENTS = interpreter("triton_head", "logit_gradient_rows[False-dtype0]")
-NASTY_TILES = interpreter("triton_head", "nasty_logits[dtype0-50]")
+NASTY_TILES = interpreter("triton_head", "nasty_logits[dtype0]")
 TILES = interpreter("triton_head", "small_tiles[True-81-20-97-dtype0]")
 DPO = interpreter("triton_dpo_loss", "check[strides]")
 DPO_SUMS = interpreter("triton_dpo_loss", "check[impossible_tokens]", "check[sums_are_rounded_once]")
@@ -137,8 +137,8 @@ MISTAKES = [
     Mistake(
         "head: the running maximum starts at 0",
         "triton_linear_logprob.py",
-        'top = tl.full([BLOCK_M], -float("inf"), tl.float32)',
-        "top = tl.zeros([BLOCK_M], tl.float32)",
+        "top = tl.max(logit, axis=1)",
+        "top = tl.maximum(tl.max(logit, axis=1), 0.0)",
         NASTY_TILES,
     ),
     Mistake(
@@ -150,7 +150,7 @@ MISTAKES = [
     ),
     Mistake(
         "head: the width's tail is not masked",
-        "triton_linear_logprob.py",
+        "triton_head_tiles.py",
         "left = width - start",
         "left = BLOCK_K",
         TILES,
