@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -84,26 +85,31 @@ void linear(const Tensor& x, const uint16_t* packed, const Tensor* weight, Tenso
   const int64_t parts = std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, (rows + 63) / 64);
   const int64_t cached = std::max<int64_t>(1, CACHED_TILE_BYTES / std::max<int64_t>(1, 2 * tile_size));
   const int64_t grain = 1 + (int64_t(1) << 20) / (TILE * std::max<int64_t>(1, k * rows / parts));
-  torch::stable::parallel_for(0, parts * tiles, grain, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<uint16_t[]> scratch(packed == nullptr ? new uint16_t[cached * tile_size + 32] : nullptr);
+  const int64_t units = parts * tiles, busy = std::clamp<int64_t>(units / grain, 1, threads);
+  // Threads draw their next tiles from one counter: cores of a shared machine are never equally fast.
+  const int64_t step = std::clamp<int64_t>(units / (6 * busy), 1, cached);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, busy, 1, [&](int64_t, int64_t) {
+    std::unique_ptr<uint16_t[]> scratch(packed == nullptr ? new uint16_t[step * tile_size + 32] : nullptr);
     // Tiles start on a cache line: a load that straddles two costs twice.
     uint16_t* aligned = scratch.get() + (64 - reinterpret_cast<uintptr_t>(scratch.get()) % 64) % 64 / 2;
-    while (begin < end) {
-      const int64_t part = begin / tiles, tile = begin % tiles;
-      const int64_t count = std::min({cached, tiles - tile, end - begin});
-      const uint16_t* block = aligned;
-      if (packed != nullptr) {
-        block = packed + tile * tile_size;
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t n = (tile + i) * TILE;
-          avx512bf16::pack_tile(
-              bf16_data(*weight) + n * weight->stride(0), weight->stride(0), std::min(TILE, columns - n), k,
-              aligned + i * tile_size);
+    for (int64_t unit = next.fetch_add(step); unit < units; unit = next.fetch_add(step)) {
+      for (int64_t end = std::min(unit + step, units); unit < end;) {
+        const int64_t part = unit / tiles, tile = unit % tiles, count = std::min(tiles - tile, end - unit);
+        const uint16_t* block = aligned;
+        if (packed != nullptr) {
+          block = packed + tile * tile_size;
+        } else {
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t n = (tile + i) * TILE;
+            avx512bf16::pack_tile(
+                bf16_data(*weight) + n * weight->stride(0), weight->stride(0), std::min(TILE, columns - n), k,
+                aligned + i * tile_size);
+          }
         }
+        avx512bf16::product_block(a, rows * part / parts, rows * (part + 1) / parts, block, count, tile * TILE);
+        unit += count;
       }
-      avx512bf16::product_block(a, rows * part / parts, rows * (part + 1) / parts, block, count, tile * TILE);
-      begin += count;
     }
   });
 }

@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -150,23 +151,6 @@ Plan make_plan(const AttentionArguments& a, int64_t entries, int64_t query_rows,
   return plan;
 }
 
-// Cuts units into runs of about equal cost, each unit standing for `repeat` in a row; the `parts + 1` borders.
-std::vector<int64_t> balanced_borders(const std::vector<int64_t>& costs, int64_t repeat, int64_t parts) {
-  const int64_t units = int64_t(costs.size()) * repeat;
-  int64_t total = 0, done = 0;
-  for (const int64_t cost : costs) total += cost * repeat;
-  std::vector<int64_t> borders{0};
-  for (int64_t unit = 0; unit < units; ++unit) {
-    done += costs[unit / repeat];
-    while (int64_t(borders.size()) < parts && done * parts >= total * int64_t(borders.size())) {
-      borders.push_back(unit + 1);
-    }
-  }
-  borders.resize(parts, units);
-  borders.push_back(units);
-  return borders;
-}
-
 // Waking a thread costs more than some thousand tokens of 16 queries.
 int64_t parts_for(const std::vector<int64_t>& costs, int64_t repeat) {
   int64_t total = 0;
@@ -245,8 +229,6 @@ Tensor paged_attention(
   a.row_entry_starts = plan.row_entry_starts.data();
   a.slots = plan.slots.data();
   const int64_t first_parts = parts_for(plan.unit_costs, 1), second_parts = parts_for(plan.row_costs, a.kv_heads);
-  const auto first_borders = balanced_borders(plan.unit_costs, 1, first_parts);
-  const auto second_borders = balanced_borders(plan.row_costs, a.kv_heads, second_parts);
 
   // A thread's own part, see attend_stacked_by (48 queries, their sums and scores, keys and values of a block) and
   // RowState (sums, queries, weighted values and maxima of a row); then a row of zeros, and the partials.
@@ -266,17 +248,23 @@ Tensor paged_attention(
   a.statistics = zeros + a.padded;
   a.partials = a.statistics + statistics;
 
+  // Threads draw their next unit from one counter: costs are estimates, and cores of a shared machine are never
+  // equally fast.
+  std::atomic<int64_t> next_unit{0}, next_row{0};
   if (!plan.units.empty()) {
-    torch::stable::parallel_for(0, first_parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = first_borders[begin]; i < first_borders[end]; ++i) {
+    torch::stable::parallel_for(0, first_parts, 1, [&](int64_t begin, int64_t) {
+      const int64_t count = int64_t(plan.units.size());
+      for (int64_t i = next_unit.fetch_add(1); i < count; i = next_unit.fetch_add(1)) {
         const AttentionUnit& unit = plan.units[i];
         (unit.count > 0 ? stacked : alone)(a, unit, scratch.get() + begin * own);
       }
     });
   }
-  torch::stable::parallel_for(0, second_parts, 1, [&](int64_t begin, int64_t end) {
-    if (second_borders[begin] < second_borders[end]) {
-      finish(a, second_borders[begin], second_borders[end], scratch.get() + begin * own);
+  const int64_t row_units = query_rows * a.kv_heads;
+  const int64_t run = std::max<int64_t>(1, row_units / (8 * second_parts));
+  torch::stable::parallel_for(0, second_parts, 1, [&](int64_t begin, int64_t) {
+    for (int64_t i = next_row.fetch_add(run); i < row_units; i = next_row.fetch_add(run)) {
+      finish(a, i, std::min(i + run, row_units), scratch.get() + begin * own);
     }
   });
   return out;

@@ -184,6 +184,22 @@ def _check_indices(query: Tensor, key_pages: Tensor, segments: Segments) -> None
         raise IndexError("limits must lie between 0 and the length of their segment")
 
 
+def _attend(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    if chosen_for(query.device.type, query.dtype, query.shape[2]) == "cpp":
+        try:
+            return torch.ops.metareward.paged_attention_cpp(
+                query.contiguous(), key_pages, value_pages, *(part.contiguous() for part in segments), scale
+            )
+        except RuntimeError:  # the stable ABI knows no IndexError
+            _check_indices(query, key_pages, segments)
+            raise
+    if query.device.type == "cpu":  # elsewhere the check would wait for the device at every layer
+        _check_indices(query, key_pages, segments)
+    return paged_attention_torch(query, key_pages, value_pages, segments, scale)
+
+
 @torch.library.custom_op("metareward::paged_attention", mutates_args=())
 def _paged_attention(
     query: Tensor,
@@ -198,17 +214,7 @@ def _paged_attention(
     scale: float,
 ) -> Tensor:
     segments = Segments(page_ids, page_starts, lengths, rows, row_starts, limits)
-    if chosen_for(query.device.type, query.dtype, query.shape[2]) == "cpp":
-        try:
-            return torch.ops.metareward.paged_attention_cpp(
-                query.contiguous(), key_pages, value_pages, *(part.contiguous() for part in segments), scale
-            )
-        except RuntimeError:  # the stable ABI knows no IndexError
-            _check_indices(query, key_pages, segments)
-            raise
-    if query.device.type == "cpu":  # elsewhere the check would wait for the device at every layer
-        _check_indices(query, key_pages, segments)
-    return paged_attention_torch(query, key_pages, value_pages, segments, scale)
+    return _attend(query, key_pages, value_pages, segments, scale)
 
 
 @_paged_attention.register_fake
@@ -279,4 +285,7 @@ def paged_attention(
         if query.device.type == "cpu" and tiles is None:
             _check_indices(query, key_pages, segments)
         return paged_attention_triton(query, key_pages, value_pages, segments, float(scale), tiles)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Past the wrapping of a Python op, which costs as much as a small step's attention, at every layer.
+        return _attend(query, key_pages, value_pages, segments, float(scale))
     return _paged_attention(query, key_pages, value_pages, *segments, float(scale))

@@ -19,7 +19,6 @@ from torch import Tensor
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.inference import InferenceDecoder
-from metareward.sampler.cache_memory import empty_pages
 from metareward.sampler.graphs import DecodeGraphs
 from metareward.sampler.inputs import Inputs, Tiling, as_inputs, host_arrays, tiling_of, to_device
 from metareward.sampler.request import SamplingParams
@@ -137,13 +136,10 @@ class Runner:
         shape = (pages + 1, config.num_kv_heads, self.page_size, config.head_dim)
         for store in (self.key_pages, self.value_pages):
             if not store:
-                store.extend(
-                    empty_pages((0, *shape[1:]), self.dtype, self.device).transpose(1, 2)
-                    for _ in range(config.num_layers)
-                )
+                store.extend(self._empty((0, *shape[1:])).transpose(1, 2) for _ in range(config.num_layers))
             # Layer by layer, so that only one layer is ever held twice.
             for layer, old in enumerate(store):
-                store[layer] = empty_pages(shape, self.dtype, self.device).transpose(1, 2)
+                store[layer] = self._empty(shape).transpose(1, 2)
                 if keep:
                     store[layer][: len(old)] = old
 
@@ -208,3 +204,6 @@ class Runner:
         for store in (self.key_pages, self.value_pages):
             for pages in store:
                 pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)

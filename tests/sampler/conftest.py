@@ -14,8 +14,8 @@ from torch import Tensor
 from metareward.model.decoder import Decoder
 from metareward.model.hf_files import load_decoder
 from metareward.model.packed_attention import packed_attention
-from metareward.sampler import Completion, Engine, Request, SamplingParams, runner
-from metareward.sampler.cache_memory import empty_pages
+from metareward.sampler import Completion, Engine, Request, SamplingParams
+from metareward.sampler.runner import Runner
 
 VOCAB_SIZE = 97
 MAX_CONTEXT = 160
@@ -110,4 +110,5 @@ def device(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _poisoned_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of a place never written shows as NaN, which the engine reports."""
-    monkeypatch.setattr(runner, "empty_pages", lambda *args: empty_pages(*args).fill_(float("nan")))
+    empty = Runner._empty
+    monkeypatch.setattr(Runner, "_empty", lambda self, shape: empty(self, shape).fill_(float("nan")))
