@@ -25,6 +25,8 @@ from bench.peak_memory import available_bytes, timed_with_peak
 Pass = Literal["forward", "forward+backward"]
 Row = dict[str, Any]
 
+SLOW = 4.0  # times the fastest method's first call
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -55,10 +57,20 @@ class Entry:
     seconds: list[float] = field(default_factory=list)
     peaks: list[int | None] = field(default_factory=list)
     first_seconds: float = 0.0
+    first_peak: int | None = None
+    settled: bool = False  # timed once, and that will do
+
+    def settle_for_first_call(self) -> None:
+        """Far behind the others: one call says so, more would take the time from those that compete."""
+        self.seconds, self.settled = [self.expected_seconds()], True
+        self.peaks = self.peaks or [self.first_peak]
+        said = f"timed once, on its first call: more than {SLOW:.0f} times slower than the fastest"
+        self.row["note"] = said if not self.row.get("note") else f"{self.row['note']}; {said}"
 
     def forget_time(self) -> None:
         """The call so far was to warm up. Compiling says nothing about later calls."""
         self.first_seconds = 0.0 if self.method.compiled else self.seconds[-1]
+        self.first_peak = self.peaks[-1]
         self.seconds.clear()
         self.peaks.clear()
 
@@ -129,10 +141,14 @@ def measure_cell(
         if entry is not None:
             entries.append(entry)
     del check  # and the reference's gradients
+    known = [entry.expected_seconds() for entry in entries if entry.expected_seconds() > 0.0]
+    for entry in entries:
+        if entry.expected_seconds() > SLOW * min(known, default=0.0):
+            entry.settle_for_first_call()
     last = perf_counter() - start
     while len(limits) < rounds and perf_counter() < hard_end:
         late = perf_counter() + last > soft_end
-        due = [entry for entry in entries if not (late and entry.seconds)]
+        due = [entry for entry in entries if not (entry.seconds and (late or entry.settled))]
         if not due:
             break
         gc.collect()
