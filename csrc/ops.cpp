@@ -27,6 +27,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def("pack_bf16_weight_cpp(Tensor weight) -> Tensor");
   library.def("packed_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
   library.def("packed_gated_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
+  library.def(
+      "decoder_layers_cpp_(Tensor(a!) residual, Tensor cos, Tensor sin, Tensor slots, Tensor(b!)[] key_pages, "
+      "Tensor(c!)[] value_pages, Tensor page_ids, Tensor page_starts, Tensor lengths, Tensor rows, Tensor row_starts, "
+      "Tensor limits, Tensor[] weights, Tensor[] head_norms, Tensor norm, Tensor logit_rows, int query_heads, "
+      "int intermediate, float eps, float scale) -> Tensor");
   library.def("bf16_linear_cpp_(Tensor x, Tensor weight, Tensor(a!) out) -> ()");
   library.def(
       "linear_softmax_cpp_(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature, bool entropy, "
@@ -52,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("pack_bf16_weight_cpp", TORCH_BOX(&metareward::pack_bf16_weight));
   library.impl("packed_linear_cpp_", TORCH_BOX(&metareward::packed_linear));
   library.impl("packed_gated_linear_cpp_", TORCH_BOX(&metareward::packed_gated_linear));
+  library.impl("decoder_layers_cpp_", TORCH_BOX(&metareward::decoder_layers));
   library.impl("bf16_linear_cpp_", TORCH_BOX(&metareward::bf16_linear));
   library.impl("linear_softmax_cpp_", TORCH_BOX(&metareward::linear_softmax));
   library.impl("panels_times_weight_cpp_", TORCH_BOX(&metareward::panels_times_weight));

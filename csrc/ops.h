@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace metareward {
 
@@ -76,6 +77,15 @@ Tensor pack_bf16_weight(Tensor weight /* [N,K] */);  // [ceil(N/48),ceil(K/2),48
 void packed_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
 void packed_gated_linear(Tensor x /* [T,K] */, Tensor packed, Tensor out /* [T,N] */);
 void bf16_linear(Tensor x /* [T,K] */, Tensor weight /* [N,K] */, Tensor out /* [T,N] */);
+
+// All layers and the last norm, on the same CPUs: [R,H]. The residual is left in any state. weights: of each layer input
+// norm, qkv, output, norm, gate with up, down, the matrices packed; head_norms: of each layer query and key, or none.
+Tensor decoder_layers(
+    Tensor residual,  // [T,H] float32
+    Tensor cos, Tensor sin, Tensor slots, std::vector<Tensor> key_pages, std::vector<Tensor> value_pages,
+    Tensor page_ids, Tensor page_starts, Tensor lengths, Tensor rows, Tensor row_starts, Tensor limits,
+    std::vector<Tensor> weights, std::vector<Tensor> head_norms, Tensor norm /* [H] */, Tensor logit_rows /* [R] int64 */,
+    int64_t query_heads, int64_t intermediate, double eps, double scale);
 
 // A head's chunk of C rows on the same CPUs, without its logits. Returns log-probs of the targets, log-sum-exps, entropies
 // (empty unless asked for) and scales, [C] float32 each; where `out` is given, scale times its rows is onehot - softmax.

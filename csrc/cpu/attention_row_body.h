@@ -39,11 +39,12 @@ METAREWARD_INLINE void take_block(const AttentionArguments& a, RowCursor& at, in
   if (at.start == a.limits[entry]) at = {at.position + 1, 0};
 }
 
+// Query heads [begin, end) of `row`, of all the key heads from that of `begin` to that of the last.
 template <class T>  // not inlined: it has two callers and is most of the code
 static __attribute__((noinline)) void attend_heads(
-    const AttentionArguments& a, const RowBlock<T>& block, const RowBlock<T>& next, int64_t row, int64_t head_begin,
-    int64_t head_end, const RowState& state) {
-  const int64_t heads = head_end - head_begin;
+    const AttentionArguments& a, const RowBlock<T>& block, const RowBlock<T>& next, int64_t row, int64_t begin,
+    int64_t end, const RowState& state) {
+  const int64_t head_begin = begin / a.group, head_end = (end - 1) / a.group + 1, heads = head_end - head_begin;
   for (int64_t head = head_begin; head < head_end; ++head) {
 #if defined(METAREWARD_AVX512_BF16)
     constexpr bool spread = sizeof(T) == 2;  // attend_pairs prefetches between its instructions
@@ -55,8 +56,9 @@ static __attribute__((noinline)) void attend_heads(
       prefetch_heads(next.keys[t], head_begin, head_end, a.key_strides[2], a.dim);
       prefetch_heads(next.values[t], head_begin, head_end, a.value_strides[2], a.dim);
     }
-    for (int64_t h = head * a.group; h < (head + 1) * a.group;) {
-      switch ((head + 1) * a.group - h) {
+    const int64_t last = (head + 1) * a.group < end ? (head + 1) * a.group : end;
+    for (int64_t h = head * a.group > begin ? head * a.group : begin; h < last;) {
+      switch (last - h) {
         case 1: attend_block<T, 1>(a, block, next, row, h, state); h += 1; break;
         case 2: attend_block<T, 2>(a, block, next, row, h, state); h += 2; break;
         case 3: attend_block<T, 3>(a, block, next, row, h, state); h += 3; break;
@@ -128,7 +130,7 @@ METAREWARD_INLINE void attend_rows_of(
       if (inlined(a, entry)) {
         for (int64_t start = 0; start < a.limits[entry]; start += ROW_TOKENS, now ^= 1) {
           take_block(a, ahead, last, blocks[now ^ 1]);
-          attend_heads(a, blocks[now], blocks[now ^ 1], row, head_begin, head_end, state);
+          attend_heads(a, blocks[now], blocks[now ^ 1], row, begin, end, state);
         }
       } else {
         for (int64_t start = 0; start < a.limits[entry]; start += a.chunk)
@@ -152,35 +154,41 @@ METAREWARD_INLINE void attend_rows_of(
   }
 }
 
-// The part [u.token_begin, u.token_end) of a long segment that only one row reads, for one key head, into the partials.
+// The part [u.token_begin, u.token_end) of a segment for the few queries of a unit, into the partials.
 template <class T>
-METAREWARD_INLINE void attend_alone_of(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
+METAREWARD_INLINE void attend_few_of(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
   const RowState state = row_state(a, scratch);
-  const int64_t row = a.rows[u.entry], begin = u.head * a.group, limit = a.limits[u.entry];
-  const int64_t end = limit < u.token_end ? limit : u.token_end;
-  start_row<T>(a, row, begin, begin + a.group, state);
-  RowBlock<T> blocks[2];
-  RowCursor ahead = {0, u.token_begin};
-  take_tokens(a, ahead, u.segment, end, blocks[0]);
-  for (int now = 0; blocks[now].tokens > 0; now ^= 1) {
-    take_tokens(a, ahead, u.segment, end, blocks[now ^ 1]);
-    attend_heads(a, blocks[now], blocks[now ^ 1], row, u.head, u.head + 1, state);
-  }
-  const int64_t slot = a.slots[u.entry] + u.token_begin / a.chunk;
-  for (int64_t h = begin; h < begin + a.group; ++h) {
-    const int64_t place = slot * a.query_heads + h;
-    a.statistics[2 * place] = state.top[h];
-    a.statistics[2 * place + 1] = horizontal_sum(state.sum[h]);
-    for (int64_t d = 0; d < a.dim; d += 16)
-      store16(a.partials + place * a.padded + d, load16(state.acc + h * a.padded + d));
+  const int64_t last = u.first + u.stacked + u.few;
+  for (int64_t query = u.first + u.stacked, next; query < last; query = next) {
+    const int64_t entry = u.entry + query / a.group, row = a.rows[entry], limit = a.limits[entry];
+    next = (query / a.group + 1) * a.group < last ? (query / a.group + 1) * a.group : last;
+    const int64_t begin = u.head * a.group + query % a.group, end = begin + next - query;
+    const int64_t token_end = limit < u.token_end ? limit : u.token_end;
+    if (token_end <= u.token_begin) continue;
+    start_row<T>(a, row, begin, end, state);
+    RowBlock<T> blocks[2];
+    RowCursor ahead = {0, u.token_begin};
+    take_tokens(a, ahead, u.segment, token_end, blocks[0]);
+    for (int now = 0; blocks[now].tokens > 0; now ^= 1) {
+      take_tokens(a, ahead, u.segment, token_end, blocks[now ^ 1]);
+      attend_heads(a, blocks[now], blocks[now ^ 1], row, begin, end, state);
+    }
+    const int64_t slot = a.slots[entry] + u.token_begin / a.chunk;
+    for (int64_t h = begin; h < end; ++h) {
+      const int64_t place = slot * a.query_heads + h;
+      a.statistics[2 * place] = state.top[h];
+      a.statistics[2 * place + 1] = horizontal_sum(state.sum[h]);
+      for (int64_t d = 0; d < a.dim; d += 16)
+        store16(a.partials + place * a.padded + d, load16(state.acc + h * a.padded + d));
+    }
   }
 }
 
-static void attend_alone(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
+static void attend_few(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
   if (a.bf16) {
-    attend_alone_of<uint16_t>(a, u, scratch);
+    attend_few_of<uint16_t>(a, u, scratch);
   } else {
-    attend_alone_of<float>(a, u, scratch);
+    attend_few_of<float>(a, u, scratch);
   }
 }
 

@@ -13,7 +13,7 @@ struct Lanes {
 METAREWARD_INLINE void take_lanes(const AttentionArguments& a, const AttentionUnit& u, int64_t lanes, Lanes& taken) {
   int64_t entry = u.entry + u.first / a.group, in_group = u.first % a.group;
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    taken.entry[lane] = lane < u.count ? int32_t(entry) : -1;
+    taken.entry[lane] = lane < u.stacked ? int32_t(entry) : -1;
     taken.head[lane] = int32_t(u.head * a.group + in_group);
     if (++in_group == a.group) {
       in_group = 0;
@@ -137,9 +137,21 @@ METAREWARD_INLINE void store_partials(
   }
 }
 
+// Addresses of a unit's first block of tokens; returns how many.
+template <class T>
+METAREWARD_INLINE int64_t
+first_rows(const AttentionArguments& a, const AttentionUnit& u, const T** key_rows, const T** value_rows) {
+  const int64_t left = u.token_end - u.token_begin, tokens = left < STACKED_TOKENS ? left : STACKED_TOKENS;
+  const int64_t key_offset = u.head * a.key_strides[2], value_offset = u.head * a.value_strides[2];
+  token_rows(a, a.key_pages, a.key_strides, u.segment, u.token_begin, tokens, key_offset, key_rows);
+  token_rows(a, a.value_pages, a.value_strides, u.segment, u.token_begin, tokens, value_offset, value_rows);
+  return tokens;
+}
+
 // T: element of the cache; Product: how it is multiplied. scratch: see `stacked_floats` in paged_attention.cpp.
 template <class T, class Product, int NV>
-METAREWARD_INLINE void attend_stacked_by(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
+METAREWARD_INLINE void attend_stacked_by(
+    const AttentionArguments& a, const AttentionUnit& u, const AttentionUnit* following, float* scratch) {
   constexpr bool pairs = !Product::floats, convert = Product::floats && sizeof(T) != sizeof(float);
   constexpr int64_t width = 16 * MAX_VECTORS;
   f32x16* q = (f32x16*)scratch;
@@ -186,9 +198,12 @@ METAREWARD_INLINE void attend_stacked_by(const AttentionArguments& a, const Atte
     next_tokens = end - next < STACKED_TOKENS ? end - next : STACKED_TOKENS;
     const T** k = key_rows[now];
     const T** v = value_rows[now];
+    int64_t ahead = next_tokens;
     if (next_tokens > 0) {
       token_rows(a, a.key_pages, a.key_strides, u.segment, next, next_tokens, key_offset, key_rows[now ^ 1]);
       token_rows(a, a.value_pages, a.value_strides, u.segment, next, next_tokens, value_offset, value_rows[now ^ 1]);
+    } else if (following != nullptr) {
+      ahead = first_rows(a, *following, key_rows[now ^ 1], value_rows[now ^ 1]);
     }
     const int64_t whole = (tokens + TILE - 1) / TILE * TILE;  // the slots past the end may hold anything
     for (int64_t t = tokens; t < whole; ++t) k[t] = v[t] = zeros;
@@ -200,7 +215,8 @@ METAREWARD_INLINE void attend_stacked_by(const AttentionArguments& a, const Atte
       for (int64_t t = 0; t < whole; ++t) left[t] = (const char*)k[t];
     }
     for (int64_t t = 0; t < whole; t += TILE) {
-      for (int64_t i = t; i < t + TILE && i < next_tokens; ++i) {
+      const int64_t fetched = t + TILE < whole ? t + TILE : ahead;
+      for (int64_t i = t; i < fetched && i < ahead; ++i) {
         prefetch_row(key_rows[now ^ 1][i], a.dim);
         prefetch_row(value_rows[now ^ 1][i], a.dim);
       }
@@ -231,20 +247,23 @@ METAREWARD_INLINE void attend_stacked_by(const AttentionArguments& a, const Atte
 }
 
 template <class T, class Product>
-METAREWARD_INLINE void attend_stacked_with(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
+METAREWARD_INLINE void attend_stacked_with(
+    const AttentionArguments& a, const AttentionUnit& u, const AttentionUnit* following, float* scratch) {
 #if defined(METAREWARD_AVX512)
-  if (u.count > 32) return attend_stacked_by<T, Product, 3>(a, u, scratch);
-  if (u.count > 16) return attend_stacked_by<T, Product, 2>(a, u, scratch);
+  if (u.stacked > 32) return attend_stacked_by<T, Product, 3>(a, u, following, scratch);
+  if (u.stacked > 16) return attend_stacked_by<T, Product, 2>(a, u, following, scratch);
 #endif
-  attend_stacked_by<T, Product, 1>(a, u, scratch);
+  attend_stacked_by<T, Product, 1>(a, u, following, scratch);
 }
 
-static void attend_stacked(const AttentionArguments& a, const AttentionUnit& u, float* scratch) {
-  if (!a.bf16) return attend_stacked_with<float, Floats>(a, u, scratch);
+// following: the unit that this thread takes next, or null.
+static void attend_stacked(
+    const AttentionArguments& a, const AttentionUnit& u, const AttentionUnit* following, float* scratch) {
+  if (!a.bf16) return attend_stacked_with<float, Floats>(a, u, following, scratch);
 #if defined(METAREWARD_AVX512_BF16)
-  if (a.dim % 2 == 0) return attend_stacked_with<uint16_t, Pairs>(a, u, scratch);
+  if (a.dim % 2 == 0) return attend_stacked_with<uint16_t, Pairs>(a, u, following, scratch);
 #endif
-  attend_stacked_with<uint16_t, Floats>(a, u, scratch);
+  attend_stacked_with<uint16_t, Floats>(a, u, following, scratch);
 }
 
 static int64_t stacked_queries() { return 16 * MAX_VECTORS; }

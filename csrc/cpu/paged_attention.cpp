@@ -22,15 +22,16 @@
 #include <new>
 #include <vector>
 
-#include "../ops.h"
+#include "paged_attention.h"
 
 namespace metareward {
 namespace {
 
 enum : int64_t {
-  CHUNK = 512,          // tokens of a segment that are attended to in one go
+  CHUNK = 1024,         // tokens of a segment that are attended to in one go
   STACKED_TOKENS = 64,  // tokens between two updates of the maximum: scores and values of a block stay in cache
   ROW_TOKENS = 32,      // the same where one row reads
+  FEW = 4,              // queries that are taken row by row, because a vector of them would be mostly empty
 };
 
 struct AttentionArguments {
@@ -47,10 +48,11 @@ struct AttentionArguments {
   float *partials, *statistics;                                // [slots, Hq, padded], [slots, Hq, (maximum, sum)]
 };
 
-// Work of the first pass: one key head, tokens [token_begin, token_end) of a segment, and `count` of its queries
-// (entry, head of the group) from `first` on; 0 for a long segment with one row.
+// Work of the first pass: one key head, tokens [token_begin, token_end) of a segment, and its queries (entry, head of
+// the group), counted from `entry` on: `stacked` of them from `first` on in the lanes of vectors, the next `few` row by
+// row, while their keys and values are in the cache.
 struct AttentionUnit {
-  int64_t segment, entry, head, token_begin, token_end, first, count;
+  int64_t segment, entry, head, token_begin, token_end, first, stacked, few;
 };
 
 #define METAREWARD_SIMD_BODY "paged_attention_body.h"
@@ -122,24 +124,22 @@ Plan make_plan(const AttentionArguments& a, int64_t entries, int64_t query_rows,
       most = std::max(most, limit);
     }
     if (end == begin || (!shared && most <= CHUNK)) continue;
-    const int64_t queries = (end - begin) * a.group, vectors = (queries + 15) / 16;
-    const int64_t blocks = (queries + block - 1) / block;
+    const int64_t queries = (end - begin) * a.group, few = !shared ? queries : queries % 16 <= FEW ? queries % 16 : 0;
+    const int64_t stacked = queries - few, vectors = (stacked + 15) / 16;
+    const int64_t blocks = std::max<int64_t>((stacked + block - 1) / block, 1);
     for (int64_t token = 0; token < most; token += CHUNK) {
       const int64_t token_end = std::min<int64_t>(token + CHUNK, a.lengths[g]);
       for (int64_t head = 0; head < a.kv_heads; ++head) {
-        if (!shared) {
-          plan.units.push_back({g, begin, head, token, token_end, 0, 0});
-          plan.unit_costs.push_back((std::min(most, token_end) - token) / 2 + 4);
-        }
-        for (int64_t i = 0; shared && i < blocks; ++i) {  // of about equal numbers of vectors
-          const int64_t first = vectors * i / blocks * 16, last = std::min(vectors * (i + 1) / blocks * 16, queries);
+        for (int64_t i = 0; i < blocks; ++i) {  // of about equal numbers of vectors
+          const int64_t first = vectors * i / blocks * 16, last = std::min(vectors * (i + 1) / blocks * 16, stacked);
+          const int64_t rest = i + 1 == blocks ? few : 0;
           int64_t seen = 0;
-          for (int64_t e = begin + first / a.group; e <= begin + (last - 1) / a.group; ++e) {
+          for (int64_t e = begin + first / a.group; e <= begin + (last + rest - 1) / a.group; ++e) {
             seen = std::max<int64_t>(seen, std::min<int64_t>(a.limits[e], token_end) - token);
           }
           if (seen <= 0) continue;
-          plan.units.push_back({g, begin, head, token, token_end, first, last - first});
-          plan.unit_costs.push_back((seen + 16) * ((last - first + 15) / 16));
+          plan.units.push_back({g, begin, head, token, token_end, first, last - first, rest});
+          plan.unit_costs.push_back((seen + 16) * ((last - first + 15) / 16) + (seen / 4 + 4) * (rest + 2) / 3);
         }
       }
     }
@@ -161,7 +161,17 @@ int64_t parts_for(const std::vector<int64_t>& costs, int64_t repeat) {
 
 }  // namespace
 
-Tensor paged_attention(
+struct AttentionWork {
+  AttentionArguments arguments{};
+  Plan plan;
+  std::vector<Tensor> indices;  // what the arguments point to
+  std::vector<int64_t> shape;   // of the queries
+  ScalarType dtype;
+  int64_t first_parts = 0, second_parts = 0, own = 0;  // threads of each pass, and floats that each of them needs
+  std::unique_ptr<float, decltype(&std::free)> scratch{nullptr, &std::free};
+};
+
+std::shared_ptr<AttentionWork> plan_attention(
     Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_ids, Tensor page_starts, Tensor lengths,
     Tensor rows, Tensor row_starts, Tensor limits, double scale) {
   const auto dtype = query.scalar_type();
@@ -177,7 +187,8 @@ Tensor paged_attention(
   STD_TORCH_CHECK(
       query.dim() == 3 && key_pages.dim() == 4 && value_pages.dim() == 4 && query.is_contiguous(),
       "paged_attention_cpp needs contiguous query [T,Hq,D] and 4-D pages");
-  AttentionArguments a{};
+  auto work = std::make_shared<AttentionWork>();
+  AttentionArguments& a = work->arguments;
   a.segments = lengths.size(0);
   a.query_heads = query.size(1);
   a.dim = query.size(2);
@@ -193,17 +204,14 @@ Tensor paged_attention(
   STD_TORCH_CHECK(
       a.dim <= 1 || (key_pages.stride(3) == 1 && value_pages.stride(3) == 1),
       "the last dimension of the pages must be contiguous");
-
-  Tensor out = torch::stable::empty_like(query);
-  if (query.numel() == 0) return out;
   const int64_t query_rows = query.size(0), entries = rows.size(0);
+  work->dtype = dtype;
+  work->shape = {query_rows, a.query_heads, a.dim};
+  if (query.numel() == 0) return work;
   a.group = a.query_heads / a.kv_heads;
   a.padded = (a.dim + 31) / 32 * 32;
   a.chunk = CHUNK;
-  a.query = query.data_ptr();
-  a.key_pages = key_pages.data_ptr();
-  a.value_pages = value_pages.data_ptr();
-  a.out = out.data_ptr();
+  work->indices = {page_ids, page_starts, lengths, rows, row_starts, limits};
   a.page_ids = static_cast<const int32_t*>(page_ids.data_ptr());
   a.page_starts = static_cast<const int32_t*>(page_starts.data_ptr());
   a.lengths = static_cast<const int32_t*>(lengths.data_ptr());
@@ -220,54 +228,85 @@ Tensor paged_attention(
   a.bf16 = dtype == ScalarType::BFloat16;
   check_indices(a, key_pages.size(0), page_ids.size(0), entries, query_rows);
 
-  const auto stacked = METAREWARD_SIMD_PICK(attend_stacked);
-  const auto alone = METAREWARD_SIMD_PICK(attend_alone);
-  const auto finish = METAREWARD_SIMD_PICK(attend_rows);
-  const Plan plan = make_plan(a, entries, query_rows, METAREWARD_SIMD_PICK(stacked_queries)());
+  Plan& plan = work->plan;
+  plan = make_plan(a, entries, query_rows, METAREWARD_SIMD_PICK(stacked_queries)());
   a.segment_of = plan.segment_of.data();
   a.row_entries = plan.row_entries.data();
   a.row_entry_starts = plan.row_entry_starts.data();
   a.slots = plan.slots.data();
-  const int64_t first_parts = parts_for(plan.unit_costs, 1), second_parts = parts_for(plan.row_costs, a.kv_heads);
+  work->first_parts = parts_for(plan.unit_costs, 1);
+  work->second_parts = parts_for(plan.row_costs, a.kv_heads);
 
   // A thread's own part, see attend_stacked_by (48 queries, their sums and scores, keys and values of a block) and
   // RowState (sums, queries, weighted values and maxima of a row); then a row of zeros, and the partials.
   const int64_t stacked_floats = 48 * (2 * a.padded + STACKED_TOKENS) + 2 * STACKED_TOKENS * a.padded;
   const int64_t row_floats = (a.query_heads * (2 * a.padded + 17) + 15) / 16 * 16;
-  const int64_t own = std::max(stacked_floats, row_floats);
-  const int64_t parts = std::max(first_parts, second_parts);
+  work->own = std::max(stacked_floats, row_floats);
+  const int64_t parts = std::max(work->first_parts, work->second_parts);
   const int64_t statistics = (2 * plan.slot_count * a.query_heads + 15) / 16 * 16;
-  const int64_t floats = parts * own + a.padded + statistics + plan.slot_count * a.query_heads * a.padded;
+  const int64_t floats = parts * work->own + a.padded + statistics + plan.slot_count * a.query_heads * a.padded;
   // One block for all threads: nothing may throw inside parallel_for.
-  const std::unique_ptr<float, decltype(&std::free)> scratch(
-      static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), &std::free);
-  if (!scratch) throw std::bad_alloc();
-  float* zeros = scratch.get() + parts * own;
+  work->scratch.reset(static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))));
+  if (!work->scratch) throw std::bad_alloc();
+  float* zeros = work->scratch.get() + parts * work->own;
   std::fill(zeros, zeros + a.padded, 0.0f);
   a.zeros = zeros;
   a.statistics = zeros + a.padded;
   a.partials = a.statistics + statistics;
+  return work;
+}
+
+Tensor attend(AttentionWork& work, Tensor query, Tensor key_pages, Tensor value_pages) {
+  AttentionArguments& a = work.arguments;
+  bool same = query.dim() == 3 && query.is_contiguous() && query.scalar_type() == work.dtype;
+  for (int i = 0; same && i < 3; ++i) {
+    same = query.size(i) == work.shape[i] && key_pages.stride(i) == a.key_strides[i] &&
+           value_pages.stride(i) == a.value_strides[i];
+  }
+  Tensor out = torch::stable::empty_like(query);
+  if (query.numel() == 0) return out;
+  STD_TORCH_CHECK(same, "attention was planned for a query or pages of another shape, stride or dtype");
+  a.query = query.data_ptr();
+  a.key_pages = key_pages.data_ptr();
+  a.value_pages = value_pages.data_ptr();
+  a.out = out.data_ptr();
+  const auto stacked = METAREWARD_SIMD_PICK(attend_stacked);
+  const auto few = METAREWARD_SIMD_PICK(attend_few);
+  const auto finish = METAREWARD_SIMD_PICK(attend_rows);
+  float* scratch = work.scratch.get();
+  const int64_t own = work.own, first_parts = work.first_parts, second_parts = work.second_parts;
+  const std::vector<AttentionUnit>& units = work.plan.units;
 
   // Threads draw their next unit from one counter: costs are estimates, and cores of a shared machine are never
   // equally fast.
   std::atomic<int64_t> next_unit{0}, next_row{0};
-  if (!plan.units.empty()) {
+  if (!units.empty()) {
     torch::stable::parallel_for(0, first_parts, 1, [&](int64_t begin, int64_t) {
-      const int64_t count = int64_t(plan.units.size());
-      for (int64_t i = next_unit.fetch_add(1); i < count; i = next_unit.fetch_add(1)) {
-        const AttentionUnit& unit = plan.units[i];
-        (unit.count > 0 ? stacked : alone)(a, unit, scratch.get() + begin * own);
+      const int64_t count = int64_t(units.size());
+      for (int64_t i = next_unit.fetch_add(1), next; i < count; i = next) {
+        next = next_unit.fetch_add(1);  // now, so that its keys and values can be fetched meanwhile
+        const AttentionUnit* following = next < count ? &units[next] : nullptr;
+        if (units[i].stacked > 0) stacked(a, units[i], following, scratch + begin * own);
+        if (units[i].few > 0) few(a, units[i], scratch + begin * own);
       }
     });
   }
-  const int64_t row_units = query_rows * a.kv_heads;
+  const int64_t row_units = work.shape[0] * a.kv_heads;
   const int64_t run = std::max<int64_t>(1, row_units / (8 * second_parts));
   torch::stable::parallel_for(0, second_parts, 1, [&](int64_t begin, int64_t) {
     for (int64_t i = next_row.fetch_add(run); i < row_units; i = next_row.fetch_add(run)) {
-      finish(a, i, std::min(i + run, row_units), scratch.get() + begin * own);
+      finish(a, i, std::min(i + run, row_units), scratch + begin * own);
     }
   });
   return out;
+}
+
+Tensor paged_attention(
+    Tensor query, Tensor key_pages, Tensor value_pages, Tensor page_ids, Tensor page_starts, Tensor lengths,
+    Tensor rows, Tensor row_starts, Tensor limits, double scale) {
+  const auto work = plan_attention(
+      query, key_pages, value_pages, page_ids, page_starts, lengths, rows, row_starts, limits, scale);
+  return attend(*work, query, key_pages, value_pages);
 }
 
 }  // namespace metareward

@@ -8,6 +8,7 @@ Every op has a plain PyTorch implementation and, where the compiled library is p
 
 from __future__ import annotations
 
+from metareward_kernels.decoder_layers import LayerStack, LayerWeights, decoder_layers, stack_layers
 from metareward_kernels.dispatch import implementation, report
 from metareward_kernels.dpo_loss import DpoLoss, dpo_loss
 from metareward_kernels.fused_rows import add_rms_norm, rotate_and_store, silu_mul
@@ -27,11 +28,14 @@ from metareward_kernels.sample import sample_tokens
 
 __all__ = [
     "DpoLoss",
+    "LayerStack",
+    "LayerWeights",
     "PackedGatedLinear",
     "PackedLinear",
     "Preference",
     "Segments",
     "add_rms_norm",
+    "decoder_layers",
     "dpo_loss",
     "gather_logprob",
     "implementation",
@@ -49,4 +53,5 @@ __all__ = [
     "rotate_and_store",
     "sample_tokens",
     "silu_mul",
+    "stack_layers",
 ]

@@ -139,6 +139,31 @@ def _linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
     return None
 
 
+def _decoder_layers(
+    residual: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    key_pages: list[Tensor],
+    value_pages: list[Tensor],
+    page_ids: Tensor,
+    page_starts: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    row_starts: Tensor,
+    limits: Tensor,
+    weights: list[Tensor],
+    head_norms: list[Tensor],
+    norm: Tensor,
+    logit_rows: Tensor,
+    query_heads: int,
+    intermediate: int,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    return norm.new_empty(logit_rows.shape[0], residual.shape[1])
+
+
 def register() -> None:
     """Attach the fake implementations to the ops of the loaded library."""
     torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
@@ -159,3 +184,4 @@ def register() -> None:
     torch.library.register_fake("metareward::packed_linear_cpp_", _linear_into)
     torch.library.register_fake("metareward::packed_gated_linear_cpp_", _linear_into)
     torch.library.register_fake("metareward::bf16_linear_cpp_", _linear_into)
+    torch.library.register_fake("metareward::decoder_layers_cpp_", _decoder_layers)

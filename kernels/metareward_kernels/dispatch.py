@@ -33,6 +33,7 @@ OPS = (
     "add_rms_norm",
     "rotate_and_store",
     "silu_mul",
+    "decoder_layers",
 )
 CUDA_OPS = frozenset(("head_rows",))
 ENVIRONMENT_VARIABLE = "METAREWARD_KERNELS"
@@ -88,7 +89,10 @@ def _warn_once(reason: str, remedy: str) -> None:
 @cache
 def _missing_instructions(op: str) -> str | None:
     """What this CPU lacks for an op of the loaded library, or None. Most ops are compiled for any CPU."""
-    if op in ("linear_fp32", "linear_softmax") and not torch.ops.metareward.bf16_linear_supported():
+    if (
+        op in ("linear_fp32", "linear_softmax", "decoder_layers")
+        and not torch.ops.metareward.bf16_linear_supported()
+    ):
         return "this CPU has no AVX-512 BF16"
     return None
 

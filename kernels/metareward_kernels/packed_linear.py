@@ -73,6 +73,11 @@ class PackedLinear:
         self.implementation = "onednn" if self.reason is None else "torch"
         self._weight = _pack(weight.detach()) if self.reason is None else weight.detach()
 
+    @property
+    def tiles(self) -> Tensor | None:
+        """The weight as the compiled product takes it, where that is all there is to the layer."""
+        return self._weight if self.implementation == "cpp" and self._bias is None else None
+
     def __call__(self, x: Tensor) -> Tensor:
         """Raises ValueError for an x that does not fit the weight, TypeError for another dtype."""
         if x.shape[-1] != self._shape[1]:
@@ -134,6 +139,16 @@ class PackedGatedLinear:
     def fused(self) -> bool:
         """Whether the activation is part of the product."""
         return self._tiles is not None
+
+    @property
+    def tiles(self) -> Tensor | None:
+        """Gate and up as the compiled product takes them, where it runs."""
+        return self._tiles
+
+    @property
+    def outputs(self) -> int:
+        """I, the width of the result."""
+        return self._size
 
     def __call__(self, x: Tensor) -> Tensor:
         """Raises ValueError for an x that does not fit the weight, TypeError for another dtype."""

@@ -13,18 +13,23 @@ from typing import cast
 
 import torch
 from metareward_kernels import (
+    LayerStack,
+    LayerWeights,
     PackedGatedLinear,
     PackedLinear,
     Segments,
     add_rms_norm,
+    decoder_layers,
     linear_fp32,
     pack_bf16_weight,
     pack_gated_linear,
     pack_linear,
     paged_attention,
     rotate_and_store,
+    stack_layers,
 )
 from metareward_kernels.attention_tiles import TileTable
+from metareward_kernels.decoder_layers import runs_here
 from metareward_kernels.packed_linear import has_tiles
 from torch import Tensor, nn
 
@@ -93,6 +98,7 @@ class InferenceDecoder:
         self._frequencies = inverse_frequencies(decoder.config)
         self._places: tuple[int, ...] = ()
         self._key: object = None
+        self._stack: LayerStack | None = None  # the layers for a call that runs them all, where there is one
         self._head: Tensor | None = None  # the output matrix, laid out for the product
         self._logits: Tensor | None = None
 
@@ -119,10 +125,35 @@ class InferenceDecoder:
                 )
                 for qkv, out, gate_up, down in self._weights
             ]
+            self._stack = self._stacked()
             head = self.decoder.head_weight.detach()
             self._head = pack_bf16_weight(head) if has_tiles(head) else None
             self._key = key
         return key
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one compiled call runs all layers."""
+        return runs_here(self._stack)
+
+    def _stacked(self) -> LayerStack | None:
+        layers = []
+        for layer, module in zip(self.layers, self.decoder.blocks, strict=True):
+            block = cast(Block, module)
+            attention, norms = block.self_attn, (block.input_layernorm, block.post_attention_layernorm)
+            layers.append(
+                LayerWeights(
+                    norms[0].weight,
+                    layer.qkv,
+                    layer.out,
+                    norms[1].weight,
+                    layer.gate_up,
+                    layer.down,
+                    attention.q_norm.weight if attention.qk_norm else None,
+                    attention.k_norm.weight if attention.qk_norm else None,
+                )
+            )
+        return stack_layers(layers, self.decoder.model.norm.weight)
 
     def forget(self) -> None:
         """Lay the weights out anew at the next ``prepare``: they were changed in a way that their counters do not show."""
@@ -145,12 +176,46 @@ class InferenceDecoder:
         (page * page_size + slot). segments: what every row attends to, the places written here included.
         key_pages, value_pages: per layer [P, page, Hk, D]. tiles: of the segments, where Triton's attention runs.
         """
-        config, trunk = self.config, self.decoder.model
-        embedded = trunk.embed_tokens(token_ids)
+        embedded = self.decoder.model.embed_tokens(token_ids)
         cos, sin = cos_sin(positions, self._frequencies, embedded.dtype)
         # Sums of many terms: rounded to bf16 after each, they are most of what sampler and trainer differ by.
         residual = embedded.float()
-        scale, eps = config.head_dim**-0.5, config.rms_norm_eps
+        scale, eps = self.config.head_dim**-0.5, self.config.rms_norm_eps
+        if self._stack is not None and self.at_once:
+            last = decoder_layers(
+                residual,
+                cos,
+                sin,
+                places,
+                key_pages,
+                value_pages,
+                segments,
+                self._stack,
+                rows,
+                self.config.num_heads,
+                eps,
+                scale,
+            )
+        else:
+            last = self._run_layers(residual, cos, sin, places, segments, key_pages, value_pages, rows, tiles)
+        return linear_fp32(
+            last, self.decoder.head_weight, packed=self._head, out=self._buffer(len(rows), last)
+        )
+
+    def _run_layers(
+        self,
+        residual: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        places: Tensor,
+        segments: Segments,
+        key_pages: Sequence[Tensor],
+        value_pages: Sequence[Tensor],
+        rows: Tensor,
+        tiles: TileTable | None,
+    ) -> Tensor:
+        """Hidden states [R, H] of the rows after all layers and the last norm, one operation after the other."""
+        scale, eps = self.config.head_dim**-0.5, self.config.rms_norm_eps
         delta: Tensor | None = None
         for index, (layer, module) in enumerate(zip(self.layers, self.decoder.blocks, strict=True)):
             block, keys, values = cast(Block, module), key_pages[index], value_pages[index]
@@ -160,18 +225,14 @@ class InferenceDecoder:
             key_norm = attention.k_norm.weight if attention.qk_norm else None
             query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
             seen = paged_attention(query, keys, values, segments, scale, tiles).flatten(1)
-            if (
-                index == len(self.layers) - 1
-            ):  # its keys and values are stored; the rest serves the logits alone
+            if index == len(self.layers) - 1:
+                # Its keys and values are stored; the rest serves the logits alone.
                 seen, residual = seen[rows], residual[rows]
             delta = layer.out(seen)
             x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
             delta = layer.down(layer.gate_up(x))
         assert delta is not None
-        last = add_rms_norm(residual, delta, trunk.norm.weight, eps)
-        return linear_fp32(
-            last, self.decoder.head_weight, packed=self._head, out=self._buffer(len(rows), last)
-        )
+        return add_rms_norm(residual, delta, self.decoder.model.norm.weight, eps)
 
     def _buffer(self, rows: int, like: Tensor) -> Tensor | None:
         """Where the logits go. On a CPU the page faults of a fresh tensor cost a third of the product."""

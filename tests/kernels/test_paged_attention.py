@@ -158,6 +158,16 @@ def test_long_segments(path: Any, dtype: torch.dtype) -> None:
     check(path, make(tree, 8, (3, 1), 64, 16, dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 2), (8, 2)])
+@pytest.mark.parametrize("readers", [2, 6, 11, 17, 33])
+def test_queries_that_do_not_fill_a_vector(dtype: torch.dtype, heads: tuple[int, int], readers: int) -> None:
+    """A few queries past a multiple of 16 are taken row by row, also where they are all, or see only a part."""
+    everyone = range(readers)
+    tree: Tree = [whole(70, everyone), (1100, [(row, 1100 - row % 3 * 520) for row in everyone])]
+    check(paged_attention, make(tree, readers, heads, 32, page=16, dtype=dtype))
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("offset", [80.0, -100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

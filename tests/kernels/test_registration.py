@@ -193,6 +193,38 @@ def softmax_cases() -> list[Arguments]:
     ]
 
 
+def layer_cases() -> list[Arguments]:
+    """Two layers of width 8, two query heads and one key head of 4; three tokens of one sequence, or none."""
+    cases = []
+    for tokens in (3, 0):
+        packed = [torch.ops.metareward.pack_bf16_weight_cpp(randn(n, 8).bfloat16()) for n in (16, 8, 6, 6)]
+        down = torch.ops.metareward.pack_bf16_weight_cpp(randn(8, 6).bfloat16())
+        layer = [randn(8).bfloat16(), *packed[:2], randn(8).bfloat16(), torch.stack(packed[2:], dim=1), down]
+        angles = [randn(tokens, 1, 4).bfloat16() for _ in range(2)]
+        pages = [[torch.zeros(2, 4, 1, 4).bfloat16() for _ in range(2)] for _ in range(2)]
+        segments = [[0], [0], [tokens], range(tokens), [0, tokens], range(1, tokens + 1)]
+        numbers = [torch.tensor(list(part), dtype=torch.int32) for part in segments]
+        rows = torch.tensor([tokens - 1] if tokens else [], dtype=torch.int64)
+        cases.append(
+            (
+                randn(tokens, 8),
+                *angles,
+                torch.arange(tokens),
+                *pages,
+                *numbers,
+                layer * 2,
+                [],
+                randn(8).bfloat16(),
+                rows,
+                2,
+                6,
+                1e-6,
+                0.5,
+            )
+        )
+    return cases
+
+
 def panels(rows: int) -> Tensor:
     return randn(2, rows, 64).bfloat16()
 
@@ -245,6 +277,7 @@ COMPILED_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "packed_linear_cpp_": packed_cases,
     "packed_gated_linear_cpp_": gated_cases,
     "bf16_linear_cpp_": product_cases,
+    "decoder_layers_cpp_": layer_cases,
     "linear_softmax_cpp_": softmax_cases,
     "panels_times_weight_cpp_": lambda: [
         (panels(rows), randn(70, 12).bfloat16(), torch.zeros(rows, 12)) for rows in (3, 0)
@@ -254,6 +287,7 @@ COMPILED_OPS: dict[str, Callable[[], list[Arguments]]] = {
 }
 BF16_UNIT = frozenset(
     (
+        "decoder_layers_cpp_",
         "pack_bf16_weight_cpp",
         "packed_linear_cpp_",
         "packed_gated_linear_cpp_",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from metareward_kernels import Segments
+from metareward_kernels import Segments, implementation
 from torch import Tensor
 
 from metareward.model.decoder import Decoder
@@ -126,3 +126,41 @@ def test_rows_pick_what_gives_logits(tiny: Tiny) -> None:
         segments = chunk_segments(torch.tensor([0], dtype=torch.int32), 0, 8)
         got = model.forward(ids, at, at, segments, *cache, torch.tensor([7, 2]))
         torch.testing.assert_close(got, plain(decoder, ids)[[7, 2]], atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(implementation("decoder_layers") != "cpp", reason="needs csrc and AVX-512 BF16")
+@pytest.mark.parametrize("family", ["llama", "llama-tied-gqa", "mistral", "qwen3"])
+def test_all_layers_in_one_call_change_no_bit(
+    family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load_decoder(tiny(family)[1], dtype=torch.bfloat16)
+    ids = torch.randint(0, decoder.config.vocab_size, (37,), generator=torch.Generator().manual_seed(3))
+    model = InferenceDecoder(decoder)
+    model.prepare()
+    assert model._stack is not None
+    at_once = by_chunks(model, ids, [0, 20, 21, 37])
+    monkeypatch.setattr("metareward.model.inference.runs_here", lambda stack: False)
+    assert torch.equal(by_chunks(model, ids, [0, 20, 21, 37]), at_once)
+
+
+@pytest.mark.skipif(implementation("decoder_layers") != "cpp", reason="needs csrc and AVX-512 BF16")
+def test_layers_in_one_call_check_what_they_are_given(tiny: Tiny) -> None:
+    decoder = load_decoder(tiny("llama")[1], dtype=torch.bfloat16)
+    model = InferenceDecoder(decoder)
+    model.prepare()
+    config, pages = decoder.config, torch.arange(2, dtype=torch.int32)
+    keys, values = (
+        [
+            torch.zeros(2, PAGE, config.num_kv_heads, config.head_dim).bfloat16()
+            for _ in range(config.num_layers)
+        ]
+        for _ in range(2)
+    )
+    ids, at = torch.arange(4), torch.arange(4)
+    segments = chunk_segments(pages, 0, 4)
+    with pytest.raises(IndexError, match="slots span"):
+        model.forward(ids, at, at + 2 * PAGE, segments, keys, values, at)
+    with pytest.raises(RuntimeError, match="logit row 4 is outside"):
+        model.forward(ids, at, at, segments, keys, values, at + 1)
+    with pytest.raises(IndexError, match="the segments name pages"):
+        model.forward(ids, at, at, segments._replace(page_ids=pages + 5), keys, values, at)
