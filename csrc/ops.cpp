@@ -23,6 +23,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
       "rotate_and_store_cpp_(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) key_pages, "
       "Tensor(b!) value_pages, Tensor? q_norm_weight, Tensor? k_norm_weight, float eps) -> Tensor");
   library.def("silu_mul_cpp(Tensor gate_up) -> Tensor");
+  library.def(
+      "segment_attention_cpp(Tensor query, Tensor key, Tensor value, Tensor offsets, Tensor parents, float scale) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "segment_attention_backward_cpp(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+      "Tensor offsets, Tensor parents, float scale) -> (Tensor, Tensor, Tensor)");
   library.def("bf16_linear_supported() -> bool");
   library.def("pack_bf16_weight_cpp(Tensor weight) -> Tensor");
   library.def("packed_linear_cpp_(Tensor x, Tensor packed, Tensor(a!) out) -> ()");
@@ -54,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("add_rms_norm_cpp_", TORCH_BOX(&metareward::add_rms_norm));
   library.impl("rotate_and_store_cpp_", TORCH_BOX(&metareward::rotate_and_store));
   library.impl("silu_mul_cpp", TORCH_BOX(&metareward::silu_mul));
+  library.impl("segment_attention_cpp", TORCH_BOX(&metareward::segment_attention));
+  library.impl("segment_attention_backward_cpp", TORCH_BOX(&metareward::segment_attention_backward));
   library.impl("pack_bf16_weight_cpp", TORCH_BOX(&metareward::pack_bf16_weight));
   library.impl("packed_linear_cpp_", TORCH_BOX(&metareward::packed_linear));
   library.impl("packed_gated_linear_cpp_", TORCH_BOX(&metareward::packed_gated_linear));

@@ -71,6 +71,20 @@ Tensor rotate_and_store(
 
 Tensor silu_mul(Tensor gate_up /* [T,2I] */);
 
+// Attention of a packed tree of segments: [T,Hq,D] and the log-sum-exp [T,Hq] float32.
+std::tuple<Tensor, Tensor> segment_attention(
+    Tensor query,    // [T,Hq,D]
+    Tensor key,      // [T,Hk,D]
+    Tensor value,    // [T,Hk,D]
+    Tensor offsets,  // [S+1] int32
+    Tensor parents,  // [S] int32, -1: none
+    double scale);
+
+// Gradients of query, key and value.
+std::tuple<Tensor, Tensor, Tensor> segment_attention_backward(
+    Tensor grad /* [T,Hq,D] */, Tensor query, Tensor key, Tensor value, Tensor out /* [T,Hq,D] */,
+    Tensor lse /* [T,Hq] */, Tensor offsets, Tensor parents, double scale);
+
 // Products of bf16 matrices, for CPUs with AVX-512 BF16. `out` is float32 or bfloat16; the sums are fp32.
 bool bf16_linear_supported();
 Tensor pack_bf16_weight(Tensor weight /* [N,K] */);  // [ceil(N/48),ceil(K/2),48,2], padded with zeros

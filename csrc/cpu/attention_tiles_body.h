@@ -1,24 +1,10 @@
-// Loads, small matrix products and a transpose for paged attention. Included by paged_attention_body.h.
+// Loads, small matrix products and a transpose for attention. Included by paged_attention_body.h and segment_tiles_body.h.
 
 #if defined(METAREWARD_AVX512)
 enum : int { MAX_VECTORS = 3, TILE = 8 };  // 24 accumulators of the 32 registers
 #else
 enum : int { MAX_VECTORS = 1, TILE = 4 };  // 8 accumulators of 16 on AVX2
 #endif
-
-// Addresses of the tokens of a segment for one cache, in order; a division a page instead of one a token.
-template <class T>
-METAREWARD_INLINE void token_rows(
-    const AttentionArguments& a, const void* pages, const int64_t* strides, int64_t segment, int64_t start,
-    int64_t tokens, int64_t offset, const T** rows) {
-  const int32_t* ids = a.page_ids + a.page_starts[segment] + start / a.page;
-  int64_t slot = start % a.page;
-  for (int64_t t = 0; t < tokens; ++ids, slot = 0) {
-    const T* row = (const T*)pages + *ids * strides[0] + slot * strides[1] + offset;
-    const int64_t end = tokens - t < a.page - slot ? tokens : t + a.page - slot;
-    for (; t < end; ++t, row += strides[1]) rows[t] = row;
-  }
-}
 
 // Cache lines of n elements at `row`, to be read soon: into the second level, which has far more misses in flight
 // than the first, and room for them beside what is being worked on.
@@ -62,7 +48,7 @@ METAREWARD_INLINE f32x16 exp2_weight(f32x16 x) {
     y = y * r + 0.6931512951850891f;
   }
   y = y * r + 1.0f;
-  return (f32x16)_mm512_scalef_ps((__m512)y, (__m512)x);
+  return (f32x16)_mm512_maskz_scalef_ps(0xFFFF, (__m512)y, (__m512)x);  // the plain one makes GCC 12 warn
 }
 #else
 template <bool SHORT>

@@ -25,6 +25,7 @@ from metareward_kernels.packed_linear import (
 from metareward_kernels.paged_attention import Segments, paged_attention
 from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
+from metareward_kernels.segment_attention import SegmentTree, segment_attention
 
 __all__ = [
     "DpoLoss",
@@ -33,6 +34,7 @@ __all__ = [
     "PackedGatedLinear",
     "PackedLinear",
     "Preference",
+    "SegmentTree",
     "Segments",
     "add_rms_norm",
     "decoder_layers",
@@ -52,6 +54,7 @@ __all__ = [
     "request_key",
     "rotate_and_store",
     "sample_tokens",
+    "segment_attention",
     "silu_mul",
     "stack_layers",
 ]

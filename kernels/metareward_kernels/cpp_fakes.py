@@ -135,6 +135,30 @@ def _pack_bf16_weight(weight: Tensor) -> Tensor:
     return weight.new_empty((rows + 47) // 48, (width + 1) // 2, 48, 2)
 
 
+def _segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, parents: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
+    )
+
+
+def _segment_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    parents: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    return query, key, value
+
+
 def _linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
     return None
 
@@ -165,7 +189,10 @@ def _decoder_layers(
 
 
 def register() -> None:
-    """Attach the fake implementations to the ops of the loaded library."""
+    """Attach the fake implementations, and what autograd is to know, to the ops of the loaded library."""
+    from metareward_kernels.segment_attention import register_gradient
+
+    register_gradient()
     torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
     torch.library.register_fake("metareward::paged_attention_cpp", _paged_attention)
     torch.library.register_fake("metareward::sample_tokens_cpp", _sample_tokens)
@@ -183,5 +210,7 @@ def register() -> None:
     torch.library.register_fake("metareward::pack_bf16_weight_cpp", _pack_bf16_weight)
     torch.library.register_fake("metareward::packed_linear_cpp_", _linear_into)
     torch.library.register_fake("metareward::packed_gated_linear_cpp_", _linear_into)
+    torch.library.register_fake("metareward::segment_attention_cpp", _segment_attention)
+    torch.library.register_fake("metareward::segment_attention_backward_cpp", _segment_attention_backward)
     torch.library.register_fake("metareward::bf16_linear_cpp_", _linear_into)
     torch.library.register_fake("metareward::decoder_layers_cpp_", _decoder_layers)

@@ -28,6 +28,7 @@ OPS = (
     "linear_softmax",
     "dpo_loss",
     "paged_attention",
+    "segment_attention",
     "sample_tokens",
     "keyed_uniforms",
     "add_rms_norm",

@@ -15,6 +15,7 @@ from metareward_kernels.pair_losses import PairLogprobs, PairLoss
 
 if TYPE_CHECKING:
     from metareward_kernels.paged_attention import Segments
+    from metareward_kernels.segment_attention import SegmentTree
 
 MASK32 = 0xFFFFFFFF
 
@@ -105,6 +106,31 @@ def paged_attention(
             scores = seen_keys[:, head // group] @ query[row, head] * scale
             out[row, head] = scores.softmax(dim=0) @ seen_values[:, head // group]
     return out
+
+
+def visible_tokens(segments: SegmentTree) -> Tensor:
+    """[T,T] bool: whether token i sees token j, from the definition."""
+    seen = torch.zeros(segments.tokens, segments.tokens, dtype=torch.bool)
+    for own, ancestors in segments.spans():
+        for token in range(own.start, own.stop):
+            for ancestor in ancestors:
+                seen[token, ancestor] = True
+            seen[token, own.start : token + 1] = True
+    return seen
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTree, scale: float
+) -> Tensor:
+    """Head by head, under the full mask. [T,Hq,D], [T,Hk,D] twice -> [T,Hq,D]."""
+    group = query.shape[1] // key.shape[1]
+    hidden = ~visible_tokens(segments)
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head] @ key[:, head // group].T * scale
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        heads.append(weights @ value[:, head // group])
+    return torch.stack(heads, dim=1)
 
 
 def kept_tokens(

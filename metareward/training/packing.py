@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from metareward_kernels import SegmentTree, segment_attention
 from torch import Tensor
 
 from metareward.model.decoder import Attend
@@ -143,46 +143,20 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     )
 
 
+def segment_tree(segments: Sequence[Segment]) -> SegmentTree:
+    """The segments as the kernels take them."""
+    place = {segment: index for index, segment in enumerate(segments)}
+    lengths = [segment.stop - segment.start for segment in segments]
+    return SegmentTree.of(
+        lengths, [place[segment.ancestors[-1]] if segment.ancestors else -1 for segment in segments]
+    )
+
+
 def tree_attention(segments: Sequence[Segment]) -> Attend:
-    """Causal attention of every segment on its ancestors and itself.
-
-    Never builds [T, T]: the largest mask is [segment, ancestors + segment].
-    """
-    masks: dict[tuple[int, int, torch.device], Tensor] = {}
-
-    def mask(context: int, length: int, device: torch.device) -> Tensor:
-        key = (context, length, device)
-        if key not in masks:
-            square = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-            masks[key] = F.pad(square, (context, 0), value=True)
-        return masks[key]
+    """Causal attention of every segment on its ancestors and itself."""
+    tree = segment_tree(segments)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # [T, heads, D] -> [1, heads, T, D], the layout of scaled_dot_product_attention.
-        query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1:
-            # The CPU's flash kernel wants as many key heads as query heads.
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        parts: list[Tensor] = []
-        for segment in segments:
-            own = slice(segment.start, segment.stop)
-            if not segment.ancestors:
-                parts.append(
-                    F.scaled_dot_product_attention(
-                        query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True
-                    )
-                )
-                continue
-            spans = [slice(part.start, part.stop) for part in (*segment.ancestors, segment)]
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query[:, :, own],
-                    torch.cat([key[:, :, span] for span in spans], 2),
-                    torch.cat([value[:, :, span] for span in spans], 2),
-                    attn_mask=mask(segment.context, segment.stop - segment.start, query.device),
-                )
-            )
-        return torch.cat(parts, 2).squeeze(0).transpose(0, 1)
+        return segment_attention(query, key, value, tree, query.shape[-1] ** -0.5)
 
     return attend

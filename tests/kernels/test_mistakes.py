@@ -66,6 +66,7 @@ IN_PLACE = room(
     "any_strides_and_leading_dimensions_in_place[torch-100-columns]",
     "memory_beyond_the_logits[torch-dtype0]",
 )
+TORCH_TREE = room("segment_attention", "float32_matches_the_reference[torch-depth three]")
 TORCH_DPO = room("dpo_loss", "check[losses_rewards_and_gradients]", "check[sums_are_rounded_once]")
 
 FROM_ZERO = "tl.zeros([], tl.float32)"
@@ -395,6 +396,30 @@ MISTAKES = [
         "logprobs.double()",
         "logprobs.clone()",
         TORCH_DPO,
+        "torch",
+    ),
+    Mistake(
+        "segments, torch: a token sees the next one",
+        "segment_attention.py",
+        ".tril()",
+        ".tril(1)",
+        TORCH_TREE,
+        "torch",
+    ),
+    Mistake(
+        "segments, torch: the parent's ancestors are forgotten",
+        "segment_attention.py",
+        "(*spans[parent][1], spans[parent][0])",
+        "(spans[parent][0],)",
+        TORCH_TREE,
+        "torch",
+    ),
+    Mistake(
+        "segments, torch: value heads in another order than key heads",
+        "segment_attention.py",
+        "value.repeat_interleave(repeats, 1)",
+        "value.repeat(1, repeats, 1, 1)",
+        TORCH_TREE,
         "torch",
     ),
 ]

@@ -251,6 +251,30 @@ def residual_cases() -> list[Arguments]:
     ]
 
 
+def segment_cases() -> list[Arguments]:
+    """Query, key and value of a projection's rows, of each dtype and layout, and no tokens; a tree with an empty segment."""
+    tree = (
+        torch.tensor([0, 9, 9, 14, 17], dtype=torch.int32),
+        torch.tensor([-1, 0, 1, 0], dtype=torch.int32),
+    )
+    none = (torch.tensor([0], dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
+    joined = [randn(17, 8, 24), randn(8, 17, 24).transpose(0, 1), randn(17, 8, 24).bfloat16()]
+    return [
+        *((*(leaf(part) for part in rows.split([4, 2, 2], dim=1)), *tree, 0.3) for rows in joined),
+        # opcheck cannot copy an empty view, so these are no parts of one tensor.
+        (*(leaf(randn(0, heads, 24)) for heads in (4, 2, 2)), *none, 0.3),
+    ]
+
+
+def segment_backward_cases() -> list[Arguments]:
+    cases = []
+    for query, key, value, *tree in segment_cases():
+        inputs = [x.detach() for x in (query, key, value)]
+        out, lse = torch.ops.metareward.segment_attention_cpp(*inputs, *tree)
+        cases.append((randn(*out.shape).to(out.dtype), *inputs, out, lse, *tree))
+    return cases
+
+
 PYTHON_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "linear_logprob": head_cases,
     "linear_logprob_backward": head_backward_cases,
@@ -272,6 +296,8 @@ COMPILED_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "softmax_residual_rows_cpp_": residual_cases,
     "add_rms_norm_cpp_": norm_cases,
     "rotate_and_store_cpp_": rotary_cases,
+    "segment_attention_cpp": segment_cases,
+    "segment_attention_backward_cpp": segment_backward_cases,
     "silu_mul_cpp": lambda: [(randn(3, 48),), (randn(3, 60)[:, 6:54],), (randn(0, 48),)],
     "pack_bf16_weight_cpp": lambda: [(randn(50, 7).bfloat16(),), (randn(5, 16).bfloat16(),)],
     "packed_linear_cpp_": packed_cases,

@@ -1,0 +1,208 @@
+"""Attention of training over a packed tree of segments, forward and backward.
+
+A row of T tokens is cut into segments: what several sequences begin with is there once, above what follows it. A token
+sees all tokens of its segment's ancestors and its own segment up to itself, so the numbers and the gradients are those of
+separate sequences (after arXiv 2410.20305, which shares the prompt of a pair). [T,T] is never built.
+
+A query and a key that it sees cost 4 D FLOP a query head, 10 D in the backward pass. The compiled op (CPU) stacks the
+query heads that share a key head, never repeats or copies keys for them, keeps a log-sum-exp a query, and makes
+scores and weights once in the backward pass; scores, softmax and sums are fp32. With bf16 inputs on CPUs that multiply
+bf16 it rounds the weights and their gradients to bf16 for the products, as flash-attention does. The backward pass
+holds fp32 partial sums of dQ: [T,Hq,D] for each stretch of some 512 keys that a query sees, and never more than about ten.
+The PyTorch path is one scaled_dot_product_attention a segment. It runs on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metareward_kernels import dispatch
+
+
+def _tree_lists(offsets: Tensor, parents: Tensor) -> tuple[list[int], list[int]]:
+    """The tensors of a SegmentTree as lists; raises what the class documents."""
+    for name, part in (("offsets", offsets), ("parents", parents)):
+        if not isinstance(part, Tensor) or part.dtype != torch.int32 or part.dim() != 1:
+            raise TypeError(
+                f"{name} must be an int32 vector; make the tree with SegmentTree.of(lengths, parents)"
+            )
+        if part.device.type != "cpu":
+            raise ValueError(
+                f"{name} must lie on the CPU, whatever the device of the queries: call .cpu() once a batch"
+            )
+    if len(offsets) != len(parents) + 1:
+        raise ValueError(f"need offsets [S+1] for parents [S], got [{len(offsets)}] and [{len(parents)}]")
+    bounds, above = offsets.tolist(), parents.tolist()
+    if bounds[0] != 0 or any(stop < start for start, stop in pairwise(bounds)):
+        raise ValueError(f"offsets must rise from 0 to the number of tokens, got {bounds}")
+    for segment, parent in enumerate(above):
+        if not -1 <= parent < segment:
+            raise ValueError(
+                f"the parent of segment {segment} must be an earlier segment, or -1 for none, got {parent}"
+            )
+    return bounds, above
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentTree:
+    """S segments that cut a row of T tokens, validated when it is made. Both int32, contiguous, on the CPU.
+
+    Raises TypeError or ValueError for tensors that are no such tree.
+    """
+
+    offsets: (
+        Tensor  # [S+1] segment s holds the tokens offsets[s] .. offsets[s+1] - 1, perhaps none; from 0 to T
+    )
+    parents: Tensor  # [S] the segment that s continues, an earlier one; -1: none
+    _masks: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _tree_lists(self.offsets, self.parents)
+        object.__setattr__(self, "offsets", self.offsets.contiguous())
+        object.__setattr__(self, "parents", self.parents.contiguous())
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], parents: Sequence[int]) -> SegmentTree:
+        """The tree of segments of these lengths, one after the other in the row."""
+        offsets = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).int()
+        return cls(offsets, torch.tensor(parents, dtype=torch.int32))
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return int(self.offsets[-1])
+
+    def spans(self) -> list[tuple[slice, tuple[slice, ...]]]:
+        """Of every segment: its own tokens, and its ancestors' from the root down."""
+        bounds, parents = self.offsets.tolist(), self.parents.tolist()
+        spans: list[tuple[slice, tuple[slice, ...]]] = []
+        for segment, parent in enumerate(parents):
+            above = () if parent < 0 else (*spans[parent][1], spans[parent][0])
+            spans.append((slice(bounds[segment], bounds[segment + 1]), above))
+        return spans
+
+    def mask(self, context: int, length: int, device: torch.device) -> Tensor:
+        """[length, context + length] bool: what the tokens of a segment see. Made once for all layers."""
+        key = (context, length, device)
+        if key not in self._masks:
+            square = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            self._masks[key] = F.pad(square, (context, 0), value=True)
+        return self._masks[key]
+
+
+def segment_attention_torch(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTree, scale: float
+) -> Tensor:
+    """The PyTorch path of `segment_attention`: the largest mask is [segment, ancestors + segment]."""
+    # [T, heads, D] -> [1, heads, T, D], the layout of scaled_dot_product_attention.
+    query, key, value = (part.transpose(0, 1).unsqueeze(0) for part in (query, key, value))
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        # The CPU's flash kernel wants as many key heads as query heads.
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    parts: list[Tensor] = []
+    for own, ancestors in segments.spans():
+        length = own.stop - own.start
+        if length == 0:
+            continue
+        context = sum(span.stop - span.start for span in ancestors)
+        if context == 0:
+            parts.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True, scale=scale
+                )
+            )
+            continue
+        spans = (*ancestors, own)
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, own],
+                torch.cat([key[:, :, span] for span in spans], 2),
+                torch.cat([value[:, :, span] for span in spans], 2),
+                attn_mask=segments.mask(context, length, query.device),
+                scale=scale,
+            )
+        )
+    # No tokens: an empty result that still depends on all three.
+    out = torch.cat(parts, 2) if parts else query * (key.sum() + value.sum())
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, offsets, parents, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, offsets, parents)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = grad if grad.stride(2) == 1 else grad.contiguous()
+    gradients = torch.ops.metareward.segment_attention_backward_cpp(grad, *ctx.saved_tensors, ctx.scale)
+    return (*gradients, None, None, None)
+
+
+def register_gradient() -> None:
+    """Make the compiled op differentiable; once, after the library is loaded."""
+    torch.library.register_autograd(
+        "metareward::segment_attention_cpp", _backward, setup_context=_setup_context
+    )
+
+
+def segment_attention(
+    query: Tensor,  # [T,Hq,D]
+    key: Tensor,  # [T,Hk,D]
+    value: Tensor,  # [T,Hk,D]
+    segments: SegmentTree,
+    scale: float,
+) -> Tensor:
+    """Softmax attention of every token over its segment's ancestors and, causally, over its own segment.
+
+    query [T,Hq,D], key and value [T,Hk,D] of one floating dtype and device, any strides; Hq a multiple of Hk; query
+    head h reads key head h // (Hq / Hk). segments: a tree over the T tokens, made once for all layers. scale multiplies
+    the scores and is positive.
+    Returns [T,Hq,D] in the query's dtype; differentiable in query, key and value. The same input gives the same bits
+    on the compiled path, whatever the number of threads. A value that is not finite stays within the sequences that hold
+    it: forward in those that see it, backward in all their tokens.
+    float32 and bfloat16 on the CPU run compiled, other dtypes there in PyTorch unless the compiled op is forced, which
+    raises. Every other device runs in PyTorch, whatever is forced: it has no other path (and has never run on a GPU).
+    Raises TypeError or ValueError for inputs that do not fit together.
+    """
+    if not (query.dtype == key.dtype == value.dtype and query.is_floating_point()):
+        raise TypeError(
+            f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    if not isinstance(segments, SegmentTree):
+        raise TypeError(f"segments must be a SegmentTree, got {type(segments).__name__}; see SegmentTree.of")
+    if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
+        raise ValueError(
+            "need query [T,Hq,D] and key, value [T,Hk,D], got "
+            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    tokens, query_heads, dim = query.shape
+    if key.shape[0] != tokens or key.shape[2] != dim or dim == 0:
+        raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} differ in tokens or channels")
+    if key.shape[1] == 0 or query_heads == 0 or query_heads % key.shape[1] != 0:
+        raise ValueError(f"query heads must be a multiple of key heads, got {query_heads} and {key.shape[1]}")
+    if segments.tokens != tokens:
+        raise ValueError(f"the segments hold {segments.tokens} tokens but the query has {tokens}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}; 1 / sqrt(D) is usual")
+
+    def unsupported(implementation: str) -> str | None:
+        return dispatch.unsupported_dtype(implementation, query.dtype)
+
+    on_cpu = query.device.type == "cpu"
+    if not on_cpu or dispatch.implementation("segment_attention", "cpu", unsupported) != "cpp":
+        return segment_attention_torch(query, key, value, segments, scale)
+    query, key, value = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
+    out: Tensor = torch.ops.metareward.segment_attention_cpp(
+        query, key, value, segments.offsets, segments.parents, float(scale)
+    )[0]
+    return out
