@@ -14,6 +14,7 @@ import pytest
 import torch
 from metareward_kernels import (
     Segments,
+    SegmentTree,
     add_rms_norm,
     dispatch,
     implementation,
@@ -21,6 +22,7 @@ from metareward_kernels import (
     paged_attention,
     rotate_and_store,
     sample_tokens,
+    segment_attention,
     silu_mul,
 )
 
@@ -95,6 +97,42 @@ def test_paged_attention(run: Callable[..., None], shape: str, dtype: torch.dtyp
         lambda: paged_attention(query, keys, values, segments, HEAD_DIM**-0.5),
         {"GB/s": gigabytes, "GFLOP/s": gigaflop},
     )
+
+
+# Lengths and parents of training's segments: a pair of judgments, and four pairs whose prompts share a rubric.
+TREES = {
+    "pair": ([950, 150, 150], [-1, 0, 0]),
+    "four pairs": ([400, *[550, 150, 150] * 4], [-1, *(p for i in range(1, 13, 3) for p in (0, i, i))]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", TREES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_segment_attention(run: Callable[..., None], direction: str, shape: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tree = SegmentTree.of(*TREES[shape])
+    query, grad = torch.randn(2, tree.tokens, QUERY_HEADS, HEAD_DIM).to(dtype)
+    key, value = torch.randn(2, tree.tokens, KV_HEADS, HEAD_DIM).to(dtype)
+    seen = 0  # (query, key) pairs
+    for own, ancestors in tree.spans():
+        length = own.stop - own.start
+        seen += length * (length + 1) // 2 + length * sum(span.stop - span.start for span in ancestors)
+
+    def forward() -> torch.Tensor:
+        return segment_attention(query, key, value, tree, HEAD_DIM**-0.5)
+
+    leaves: list[torch.Tensor] = []
+    outs: list[torch.Tensor] = []
+
+    def backward() -> None:
+        if not outs:  # made under the implementation that is measured
+            leaves.extend(x.requires_grad_() for x in (query, key, value))
+            outs.append(forward())
+        torch.autograd.grad(outs[0], leaves, grad, retain_graph=True)
+
+    flop = (4 if direction == "forward" else 10) * seen * QUERY_HEADS * HEAD_DIM
+    run("segment_attention", forward if direction == "forward" else backward, {"GFLOP/s": flop / 1e9})
 
 
 @pytest.mark.parametrize("shape", [(64, 0, 0.95), (264, 0, 0.95), (264, 0, 1.0), (264, 50, 0.95)], ids=str)
