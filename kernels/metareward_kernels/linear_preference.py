@@ -65,7 +65,7 @@ class _LinearPreference(torch.autograd.Function):
             elif need[0]:
                 run.hidden_gradient()
             else:
-                run.forward(range(len(problem.lengths)))
+                run.all_logprobs()
             losses = problem.losses(problem.record(run.logprobs)).double()
         loss = (losses * problem.pair_weights).sum().to(head.dtype)
         ctx.save_for_backward(run.grad_hidden, run.grad_weight if need[1] else None, run.grad_bias)
@@ -172,7 +172,8 @@ def linear_preference(
     sequence with them, that are longer take a fourth product (unless the head is frozen).
 
     The gradients of hidden, weight and bias come in their dtypes; the weight's is summed over chunks in fp32. They are made
-    by this call and kept until the backward pass: call it under no_grad where none is wanted. Differentiable once.
+    by this call and kept until the backward pass: call it under no_grad where none is wanted (the log-probs are then computed in
+    the same chunks, with the same rounding). Differentiable once.
     Under torch.compile it is one graph break: a loss is a Python function, which no operator can take.
     Raises TypeError, ValueError or IndexError for inputs that do not fit together.
     """

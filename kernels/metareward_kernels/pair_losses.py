@@ -43,10 +43,30 @@ class PairLogprobs(NamedTuple):
 PairLoss = Callable[[PairLogprobs], Tensor]
 
 
+def logistic(logits: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(logits); with smoothing e, (1-e) of it plus e of -log sigmoid(-logits)."""
+    return -(1.0 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+
+
 def dpo(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(beta margin) (arXiv 2305.18290, equation 7); with smoothing e, (1-e) of it plus e of the swapped pair's."""
-    logits = beta * pairs.margin
-    return -(1.0 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return logistic(beta * pairs.margin, label_smoothing)
+
+
+def dpo_norm(pairs: PairLogprobs, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124): each log ratio is divided by its completion's tokens."""
+    chosen = pairs.chosen_ratio / pairs.chosen_tokens
+    rejected = pairs.rejected_ratio / pairs.rejected_tokens
+    return logistic(beta * (chosen - rejected), label_smoothing)
+
+
+def simpo(pairs: PairLogprobs, *, beta: float, gamma: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta (mean log-prob of chosen - of rejected) - gamma) (SimPO, arXiv 2405.14734, equation 6).
+
+    Reads no reference. The mean is over the completion's tokens; gamma is the reward margin that is asked for.
+    """
+    chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    return logistic(beta * (chosen - rejected) - gamma, label_smoothing)
 
 
 def ipo(pairs: PairLogprobs, *, beta: float) -> Tensor:
@@ -57,3 +77,18 @@ def ipo(pairs: PairLogprobs, *, beta: float) -> Tensor:
 def hinge(pairs: PairLogprobs, *, beta: float) -> Tensor:
     """max(0, 1 - beta margin) (SLiC-HF, arXiv 2305.10425)."""
     return F.relu(1.0 - beta * pairs.margin)
+
+
+def sppo(pairs: PairLogprobs, *, beta: float) -> Tensor:
+    """(log ratio of chosen - 1/(2 beta))^2 + (that of rejected + 1/(2 beta))^2 (SPPO, arXiv 2405.00675).
+
+    1/beta is the paper's eta. The probabilities of winning are taken as 1 and 0, the paper's hard labels. Unlike the
+    other losses it tells each completion where its log ratio should be, not only how far apart they should be.
+    """
+    target = 1.0 / (2.0 * beta)
+    return (pairs.chosen_ratio - target) ** 2 + (pairs.rejected_ratio + target) ** 2
+
+
+def chosen_nll(pairs: PairLogprobs) -> Tensor:
+    """Mean negative log-prob of the chosen completion's tokens, a term to add to a loss (as in arXiv 2404.19733)."""
+    return -pairs.chosen / pairs.chosen_tokens

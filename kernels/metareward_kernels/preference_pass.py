@@ -133,6 +133,14 @@ class Pass:
             self._keep(rows, found.logprobs, found.entropy)
         self._sum(sequences)
 
+    def all_logprobs(self) -> None:
+        """Log-probs of all sequences, in the chunks in which `all_gradients` computes them: a product's rounding may depend
+        on its number of rows, and a reference computed by this op is to equal the policy's log-probs to the bit.
+        """
+        plan = plan_chunks(self.problem.lengths, self.problem.pairs, self.chunk_tokens)
+        for sequences in [plan.unpaired, *plan.together, *plan.long]:
+            self.forward(sequences)
+
     def hidden_gradient(self) -> None:
         """Log-probs and the hidden gradient, whose rows get their factors when all is known: two products."""
         everything = range(len(self.problem.lengths))

@@ -496,6 +496,20 @@ def test_residual_rows(vocabulary: int, dtype: torch.dtype, rounded: bool) -> No
     torch.testing.assert_close(result.double(), residual, rtol=relative, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_logprobs_without_gradients_are_those_of_training_to_the_bit(dtype: torch.dtype) -> None:
+    """A reference computed by this op must not differ from the policy by rounding: the first DPO loss would not be ln 2."""
+    lengths = (70, 3, 41, 90, 0, 12, 33)
+    problem = make(249, 64, 1003, dtype, lengths, ((3, 0), (1, 6), (6, 2)))
+    # Unpaired sequences, a component apart in the row, and one longer than a chunk.
+    for chunk_tokens in (100, 4096):
+        trained, _ = run(problem, chunk_tokens=chunk_tokens)
+        with torch.no_grad():
+            alone = linear_preference(**problem, chunk_tokens=chunk_tokens)
+        assert torch.equal(alone.logprobs, trained.logprobs)
+        assert torch.equal(alone.losses, trained.losses)
+
+
 MEMORY = """
 import functools, sys, torch
 from metareward_kernels import linear_preference
