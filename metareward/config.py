@@ -156,12 +156,19 @@ class TrainSettings:
     """Stage 5: DPO; the seed stage uses the same step."""
 
     __pydantic_config__ = STRICT
-    loss: Literal["dpo", "ipo", "hinge"] = "dpo"
-    """(paper: dpo)"""
+    loss: Literal["dpo", "dpo_norm", "simpo", "ipo", "hinge", "sppo"] = "dpo"
+    """dpo_norm: DPO on log ratios a token. simpo: log-probs a token, with a margin, and no reference policy: the pass that
+    computes reference log-probs is left out. sppo: each completion's log ratio is drawn to a value of its own. (paper: dpo)"""
     beta: Positive = 0.1
-    """Strength of the pull towards the reference policy. (paper)"""
+    """Strength of the pull towards the reference policy. Its scale is the loss's own: 2 to 10 are usual for simpo, about 5
+    for dpo_norm, 0.001 for sppo (1 / eta there). (paper, for dpo)"""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Assumed share of swapped labels, for loss = "dpo" only. (ours; 0 is the paper's)"""
+    """Assumed share of swapped labels, for loss = "dpo", "dpo_norm" and "simpo" only. (ours; 0 is the paper's)"""
+    simpo_gamma: NonNegative = 0.0
+    """Margin by which simpo wants the chosen completion's reward to lead, for loss = "simpo" only; half of beta is a
+    start. (ours)"""
+    nll_weight: NonNegative = 0.0
+    """Adds this times the chosen completion's mean negative log-prob a token to the loss; 0: off. (ours)"""
     epochs: Count = 10
     """(paper)"""
     batch_pairs: Count = 32

@@ -127,9 +127,14 @@ def check(recipe: Recipe) -> Recipe:
             "judge.samples = 1 leaves the meta-judge nothing to compare: set it to 2 or more, "
             "or meta_judge = false in every [[iteration]]"
         )
-    if recipe.train.label_smoothing and recipe.train.loss != "dpo":
+    if recipe.train.label_smoothing and recipe.train.loss not in ("dpo", "dpo_norm", "simpo"):
         raise UserError(
-            f'train.label_smoothing works with loss = "dpo" only, not "{recipe.train.loss}": set it to 0'
+            f'train.label_smoothing works with loss = "dpo", "dpo_norm" and "simpo" only, not "{recipe.train.loss}": '
+            f"set it to 0"
+        )
+    if recipe.train.simpo_gamma and recipe.train.loss != "simpo":
+        raise UserError(
+            f'train.simpo_gamma works with loss = "simpo" only, not "{recipe.train.loss}": set it to 0'
         )
     return replace(
         recipe,

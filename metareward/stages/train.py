@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from metareward.model.hf_files import read_config, weights_digest
 from metareward.model.model_writer import save_model
 from metareward.run import ranks
 from metareward.run.directory import IterationFiles
-from metareward.run.jsonl import read_jsonl, write_jsonl
+from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.run.progress import progress_bar
 from metareward.stages.context import Context
 from metareward.stages.preference_set import preference_examples
 from metareward.training.examples import DataOrder, Example, check_batch
+from metareward.training.losses import uses_reference
 from metareward.training.objectives import Objective, pair_objective
 from metareward.training.sharded import load_sharded, whole_tensors
 from metareward.training.trainer import TrainingSet, logprobs_of, train
@@ -44,8 +45,12 @@ def train_policy(context: Context, iteration: int) -> None:
     if not ranks.on_first(files.reference.is_file):
         # Checkpoints from before the reference belong to other pairs: somebody had this iteration's files made anew.
         ranks.on_first(lambda: drop_checkpoints(files.training))
-        write_reference(context, iteration, decoder, data, digest)
-    reference = read_reference(files.reference, examples, digest)
+        if uses_reference(settings):
+            write_reference(context, iteration, decoder, data, digest)
+        else:
+            # No numbers, but a file all the same: it ties the checkpoints to these pairs and weights.
+            write_lines(files.reference, examples, {}, digest)
+    reference = read_reference(files.reference, examples, digest, uses_reference(settings))
     run_training(
         context, iteration, "train", policy, decoder, data, pair_objective(settings, reference), settings
     )
@@ -68,41 +73,59 @@ def write_reference(
     label = f"iteration {iteration}: reference"
     with progress_bar(label, len(data.examples), "pairs", shown=ranks.is_first()) as bar:
         found = logprobs_of(decoder, data, ranks.device(), bar.update)
-    lines = [
-        {
-            "identity": name,
-            "chosen_logprob": found[name][0],
-            "rejected_logprob": found[name][1],
-            "weights": digest,
-        }
-        for name in (example.identity for example in data.examples)
-    ]
-    ranks.on_first(lambda: write_jsonl(context.files(iteration).reference, lines))
+    write_lines(context.files(iteration).reference, data.examples, found, digest)
     context.metrics.event(
         "stage",
         "reference",
         iteration,
         seconds=time.perf_counter() - began,
-        requests=len(lines),
+        requests=len(data.examples),
         tokens=sum(example.tokens for example in data.examples),
     )
 
 
-def read_reference(path: Path, examples: list[Example], digest: str) -> Reference:
-    """identity -> (chosen, rejected) log-probs.
+def write_lines(
+    path: Path, examples: Sequence[Example], found: Mapping[str, tuple[float, ...]], digest: str
+) -> None:
+    """One line a pair; its log-probs are null where none were computed. A collective."""
+    lines: list[Line] = []
+    for example in examples:
+        chosen, rejected = found.get(example.identity, (None, None))
+        lines.append(
+            {
+                "identity": example.identity,
+                "chosen_logprob": chosen,
+                "rejected_logprob": rejected,
+                "weights": digest,
+            }
+        )
+    ranks.on_first(lambda: write_jsonl(path, lines))
+
+
+def read_reference(path: Path, examples: Sequence[Example], digest: str, needed: bool = True) -> Reference:
+    """identity -> (chosen, rejected) log-probs; nothing for a loss that needs none, after the same checks.
 
     Raises:
-        UserError: a row is missing or comes from other weights; computing it anew in the midst of a run would hide that.
+        UserError: a row is missing or comes from other weights, or has no numbers and they are needed; computing it anew in
+            the midst of a run would hide that.
     """
     lines = {line["identity"]: line for line in read_jsonl(path)}
     for example in examples:
         line = lines.get(example.identity)
-        if line is None or line["weights"] != digest:
-            problem = "has no row" if line is None else "comes from other weights"
+        problem = ""
+        if line is None:
+            problem = "has no row"
+        elif line["weights"] != digest:
+            problem = "comes from other weights"
+        elif needed and line["chosen_logprob"] is None:
+            problem = "has no log-probs"
+        if problem:
             raise UserError(
-                f"{path} {problem} for the pair {example.identity}: the pairs or the model changed after it was "
+                f"{path} {problem} for the pair {example.identity}: the pairs, the model or the loss changed after it was "
                 f"written; delete it and this iteration's training folder, then run again"
             )
+    if not needed:
+        return {}
     return {name: (line["chosen_logprob"], line["rejected_logprob"]) for name, line in lines.items()}
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.training.examples import Example
+from metareward.training.head_weight import head_weight, hold_head
 from metareward.training.objectives import Objective, Sums
 from metareward.training.packing import PackedBatch, pack, tree_attention
 
@@ -30,15 +31,15 @@ class StepResult:
     unshared_tokens: int
 
 
-def completion_logprobs(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
-    """[completions] float64: the log-prob of every completion of the micro-batch, given its prompt."""
-    return batch.sum_completions(target_logprobs(decoder, batch))
-
-
 def target_logprobs(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
     """[R] float32: the log-prob of every completion token of the micro-batch, in the order of `batch.targets`."""
     attend = tree_attention(batch.segments)
     return decoder(batch.token_ids, batch.positions, attend, rows=batch.rows, targets=batch.targets)
+
+
+def hidden_states(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
+    """[R,H] in the compute dtype: the normed hidden states from which the micro-batch's completion tokens are predicted."""
+    return decoder(batch.token_ids, batch.positions, tree_attention(batch.segments), rows=batch.rows)
 
 
 def train_step(
@@ -53,6 +54,9 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradient of this rank's micro-batches, check it, clip it, update.
 
+    The decoder may be sharded by FSDP2 or not at all. Gradients of blocks are reduced after every micro-batch, in float32;
+    that of embedding and head, the root's, once at the end.
+
     Args:
         micro: this rank's micro-batches; an empty one is computed on `filler` with weight 0, because every rank must take part
             in every collective.
@@ -62,15 +66,17 @@ def train_step(
         TrainingDiverged: before the update, with the identities of the batch.
     """
     world_size = dist.get_world_size()
+    assert micro, "a step without a micro-batch: the gradient would never be reduced"
     optimizer.zero_grad(set_to_none=True)
     totals: Sums = {}
     totals["tokens"] = totals["unshared_tokens"] = 0.0
-    for examples in micro:
+    for number, examples in enumerate(micro, start=1):
         batch = pack(examples or [filler], device)
-        loss, figures = objective.loss(batch, completion_logprobs(decoder, batch))
+        hold_head(decoder, last=number == len(micro))
         # FSDP averages gradients over ranks; the product undoes that, and the quotient makes the mean over the global batch.
         scale = world_size / weight if examples else 0.0
-        (loss * scale).backward()
+        loss, figures = objective.loss(batch, hidden_states(decoder, batch), head_weight(decoder), scale)
+        loss.backward()
         if examples:
             totals["tokens"] += batch.tokens
             totals["unshared_tokens"] += batch.unshared_tokens

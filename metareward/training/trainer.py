@@ -14,11 +14,12 @@ from metareward.config import TrainSettings
 from metareward.model.decoder import Decoder
 from metareward.training.checkpoint import load_checkpoint, save_checkpoint
 from metareward.training.examples import DataOrder, Example, micro_batches
-from metareward.training.objectives import Objective
+from metareward.training.head_weight import head_weight
+from metareward.training.objectives import Objective, pair_logprobs
 from metareward.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from metareward.training.packing import pack
 from metareward.training.sharded import reshard
-from metareward.training.step import completion_logprobs, train_step
+from metareward.training.step import hidden_states, train_step
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 """(step from 1, steps in all, figures)"""
@@ -51,16 +52,16 @@ class TrainingSet:
 def logprobs_of(
     decoder: Decoder, data: TrainingSet, device: torch.device, on_examples: Callable[[int], None]
 ) -> dict[str, tuple[float, ...]]:
-    """Log-probs of every example's completions under the decoder as it is: identity -> one float a completion.
+    """Log-probs of every pair under the decoder as it is: identity -> (chosen, rejected).
 
-    Goes through the first epoch's own micro-batches, so that with equal weights the first epoch computes the very same numbers and
-    the first DPO loss is ln 2. A collective; the result is the same on every rank.
+    Goes through the first epoch's own micro-batches and the step's own op, so that with equal weights the first epoch computes
+    the very same numbers and the first DPO loss is ln 2. A collective; the result is the same on every rank.
     """
     mine: dict[str, tuple[float, ...]] = {}
     for step in range(data.order.steps_per_epoch):
         for examples in data.micro(step):
             batch = pack(examples or [data.filler], device)
-            sums = completion_logprobs(decoder, batch).tolist()
+            sums = pair_logprobs(batch, hidden_states(decoder, batch), head_weight(decoder)).tolist()
             place = 0
             for example in examples:
                 mine[example.identity] = tuple(sums[place : place + len(example.completions)])

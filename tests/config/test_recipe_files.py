@@ -113,12 +113,30 @@ def test_wrong_types_and_ranges_name_the_setting(toml: str, setting: str) -> Non
         ({"respond": {"samples": 1}}, "respond.samples = 1"),
         ({"judge": {"samples": 1}}, "judge.samples = 1"),
         ({"train": {"loss": "ipo", "label_smoothing": 0.1}}, "label_smoothing"),
+        ({"train": {"loss": "sppo", "label_smoothing": 0.1}}, "label_smoothing"),
+        (
+            {"train": {"loss": "dpo_norm", "simpo_gamma": 0.5}},
+            r"train\.simpo_gamma works with loss = \"simpo\" only",
+        ),
     ],
 )
 def test_combinations_that_cannot_work(change: dict[str, Any], said: str) -> None:
     tree = {"model": {"name": "some/model"}, **change}
     with pytest.raises(UserError, match=said):
         check(recipe_from_tree(tree, "mine.toml"))
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"loss": "dpo_norm", "beta": 5.0, "label_smoothing": 0.1},
+        {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "label_smoothing": 0.1, "nll_weight": 0.2},
+        {"loss": "sppo", "beta": 0.001},
+    ],
+)
+def test_settings_of_a_loss_go_with_it(train: dict[str, Any]) -> None:
+    recipe = check(recipe_from_tree({"model": {"name": "some/model"}, "train": train}, "mine.toml"))
+    assert {name: getattr(recipe.train, name) for name in train} == train
 
 
 def test_one_judgment_is_enough_without_a_meta_judge() -> None:

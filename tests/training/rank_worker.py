@@ -90,8 +90,8 @@ def training_set(job: Job) -> TrainingSet:
 
 
 def poisoned(objective: Objective, identity: str) -> Objective:
-    def loss(batch: PackedBatch, sums: Tensor) -> tuple[Tensor, Sums]:
-        value, figures = objective.loss(batch, sums)
+    def loss(batch: PackedBatch, hidden: Tensor, head: Tensor, scale: float) -> tuple[Tensor, Sums]:
+        value, figures = objective.loss(batch, hidden, head, scale)
         if any(example.identity == identity for example in batch.examples):
             return value * math.nan, {**figures, "loss": math.nan}
         return value, figures

@@ -17,7 +17,6 @@ from torch import Tensor
 from metareward.model.hf_files import load_decoder
 from metareward.training.examples import Example
 from metareward.training.packing import SMALLEST_SHARED, PackedBatch, common_prefix, pack, tree_attention
-from metareward.training.step import completion_logprobs
 
 CPU = torch.device("cpu")
 Tokens = tuple[int, ...]
@@ -87,7 +86,7 @@ def test_logprobs_and_gradients_equal_those_of_separate_sequences(
     attend = tree_attention(batch.segments)
     tokens = decoder(batch.token_ids, batch.positions, attend, rows=batch.rows, targets=batch.targets)
     assert close(tokens.detach(), torch.cat(wanted).detach())
-    sums = completion_logprobs(decoder, batch)
+    sums = batch.sum_completions(tokens)
     assert sums.dtype == torch.float64
     assert close(sums.detach(), torch.stack([part.sum() for part in wanted]).detach())
 

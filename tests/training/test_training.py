@@ -21,7 +21,7 @@ from metareward.training.examples import Example
 from metareward.training.optimizer import build_optimizer
 from metareward.training.packing import pack, tree_attention
 from metareward.training.sharded import load_sharded, reshard, whole_tensors
-from metareward.training.step import completion_logprobs
+from metareward.training.step import hidden_states
 from metareward.training.trainer import TrainingSet, logprobs_of
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_root_is_sharded_again_after_the_reference_pass(
     decoder = load_sharded(job.model, job.settings, CPU, 1)
     data: TrainingSet = worker.training_set(job)
     with torch.no_grad():
-        completion_logprobs(decoder, pack(data.examples, CPU))
+        hidden_states(decoder, pack(data.examples, CPU))
     with pytest.raises(AssertionError, match="not sharded"):
         build_optimizer(decoder, job.settings)
     reshard(decoder)
@@ -341,8 +341,8 @@ def test_a_gradient_that_is_not_finite_is_found_behind_a_finite_loss(
     examples = make_examples(4)
     objective = worker.sft_objective()
 
-    def loss(batch: Any, sums: Tensor) -> tuple[Tensor, dict[str, float]]:
-        value, figures = objective.loss(batch, sums)
+    def loss(batch: Any, hidden: Tensor, head: Tensor, scale: float) -> tuple[Tensor, dict[str, float]]:
+        value, figures = objective.loss(batch, hidden, head, scale)
         # sqrt has an infinite slope at 0.
         return value + torch.sqrt(value - value.detach()), figures
 
