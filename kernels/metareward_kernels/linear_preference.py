@@ -30,6 +30,11 @@ CPU_CHUNK_TOKENS = 1024
 CUDA_CHUNK_TOKENS = 4096
 
 
+def chunk_size(device: torch.device) -> int:
+    """Tokens of a chunk on this device where the caller does not say."""
+    return CPU_CHUNK_TOKENS if device.type == "cpu" else CUDA_CHUNK_TOKENS
+
+
 class Preference(NamedTuple):
     """P pairs of S sequences. Only `loss` is differentiable."""
 
@@ -116,7 +121,7 @@ def _linear_preference(
         pair_weights = torch.full((len(found),), 1.0 / max(1, len(found)), dtype=torch.float64)
     check_vector(pair_weights, "pair_weights", len(found))
     if chunk_tokens is None:
-        chunk_tokens = CPU_CHUNK_TOKENS if hidden.device.type == "cpu" else CUDA_CHUNK_TOKENS
+        chunk_tokens = chunk_size(hidden.device)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     problem = Problem(starts, found, reference_logprobs, loss, pair_weights, hidden.device)

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from metareward_kernels import Preference, linear_logprob, linear_preference
+from metareward_kernels.linear_preference import chunk_size
 from metareward_kernels.pair_losses import PairLogprobs, PairLoss, chosen_nll
 from torch import Tensor
 
@@ -32,11 +33,13 @@ class Objective:
     loss(batch, hidden, head, scale): hidden [R,H] at the micro-batch's rows and head [V,H], both differentiable, to
         (scale * the loss summed over the micro-batch, a [] tensor; figures summed likewise, without the scale).
     report(sums, weight): the figures of a whole step.
+    recomputed_rows(batch): rows whose logits `loss` computes twice.
     """
 
     weight: Callable[[Example], float]
     loss: Callable[[PackedBatch, Tensor, Tensor, float], tuple[Tensor, Sums]]
     report: Callable[[Sums, float], dict[str, float]]
+    recomputed_rows: Callable[[PackedBatch], int]
 
 
 def sft_objective() -> Objective:
@@ -53,6 +56,7 @@ def sft_objective() -> Objective:
         lambda example: float(example.target_tokens),
         loss,
         lambda sums, weight: {"loss": sums["loss"] / weight, "entropy": sums["entropy"] / weight},
+        lambda batch: sum(batch.lengths),
     )
 
 
@@ -98,7 +102,14 @@ def pair_objective(settings: TrainSettings, reference: Mapping[str, tuple[float,
         found = preference(batch, hidden, head, fixed, compute, scale)
         return found.loss, pair_figures(settings, batch, found, fixed)
 
-    return Objective(lambda example: 1.0, loss, report_pairs)
+    return Objective(lambda example: 1.0, loss, report_pairs, rows_of_long_pairs)
+
+
+def rows_of_long_pairs(batch: PackedBatch) -> int:
+    """Rows of pairs that `linear_preference` cannot take in one chunk: their loss is known after all their logits are gone."""
+    chunk = chunk_size(batch.targets.device)
+    pairs = zip(batch.lengths[::2], batch.lengths[1::2], strict=True)
+    return sum(chosen + rejected for chosen, rejected in pairs if chosen + rejected > chunk)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.training.examples import Example
+from metareward.training.flops import Flops, step_flops
 from metareward.training.head_weight import head_weight, hold_head
 from metareward.training.objectives import Objective, Sums
 from metareward.training.packing import PackedBatch, pack, tree_attention
@@ -23,12 +24,17 @@ class TrainingDiverged(UserError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """Figures of one optimizer step, the same on every rank."""
+    """Figures of one optimizer step, over all ranks and the same on every rank.
+
+    flops: of forward and backward, see `training.flops`; recomputed_flops: on top of them.
+    """
 
     figures: dict[str, float]
     grad_norm: float
     tokens: int
     unshared_tokens: int
+    flops: float
+    recomputed_flops: float
 
 
 def target_logprobs(decoder: Decoder, batch: PackedBatch) -> torch.Tensor:
@@ -69,7 +75,7 @@ def train_step(
     assert micro, "a step without a micro-batch: the gradient would never be reduced"
     optimizer.zero_grad(set_to_none=True)
     totals: Sums = {}
-    totals["tokens"] = totals["unshared_tokens"] = 0.0
+    totals["tokens"] = totals["unshared_tokens"] = totals["flops"] = totals["recomputed_flops"] = 0.0
     for number, examples in enumerate(micro, start=1):
         batch = pack(examples or [filler], device)
         hold_head(decoder, last=number == len(micro))
@@ -80,6 +86,9 @@ def train_step(
         if examples:
             totals["tokens"] += batch.tokens
             totals["unshared_tokens"] += batch.unshared_tokens
+            work = flops_of(decoder, objective, batch)
+            totals["flops"] += work.model
+            totals["recomputed_flops"] += work.recomputed
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + value
     norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), max_grad_norm)
@@ -94,7 +103,25 @@ def train_step(
             f"learning rate"
         )
     optimizer.step()
-    return StepResult(figures, grad_norm, int(totals["tokens"]), int(totals["unshared_tokens"]))
+    return StepResult(
+        figures,
+        grad_norm,
+        int(totals["tokens"]),
+        int(totals["unshared_tokens"]),
+        totals["flops"],
+        totals["recomputed_flops"],
+    )
+
+
+def flops_of(decoder: Decoder, objective: Objective, batch: PackedBatch) -> Flops:
+    """Forward and backward of one micro-batch."""
+    return step_flops(
+        decoder.config,
+        batch.segments,
+        sum(batch.lengths),
+        recompute_blocks=decoder.activation_checkpointing,
+        recomputed_head_rows=objective.recomputed_rows(batch),
+    )
 
 
 def add_over_ranks(totals: Sums) -> Sums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from metareward.config import TrainSettings
 from metareward.model.decoder import Decoder
 from metareward.training.checkpoint import load_checkpoint, save_checkpoint
 from metareward.training.examples import DataOrder, Example, micro_batches
+from metareward.training.flops import no_mfu, peak_flops
 from metareward.training.head_weight import head_weight
 from metareward.training.objectives import Objective, pair_logprobs
 from metareward.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from metareward.training.packing import pack
 from metareward.training.sharded import reshard
-from metareward.training.step import hidden_states, train_step
+from metareward.training.step import StepResult, hidden_states, train_step
+
+logger = logging.getLogger("metareward")
 
 OnStep = Callable[[int, int, Mapping[str, float]], None]
 """(step from 1, steps in all, figures)"""
@@ -88,6 +92,9 @@ def train(
     optimizer = build_optimizer(decoder, settings)
     steps = data.order.steps
     start = load_checkpoint(checkpoints, decoder, optimizer)
+    peak = peak_flops(device, settings.compute_dtype)
+    if peak is None and dist.get_rank() == 0:
+        logger.info("%s", no_mfu(device, settings.compute_dtype))
     for step in range(start, steps):
         began = time.perf_counter()
         rate = learning_rate(step, steps, settings)
@@ -113,8 +120,21 @@ def train(
             "unshared_tokens": float(result.unshared_tokens),
             "seconds": seconds,
             "tokens_per_s": result.tokens / seconds,
+            **device_rates(result, seconds, peak),
         }
         # The last step needs no checkpoint: the finished model follows at once.
         if done % settings.checkpoint_steps == 0 and done < steps:
             save_checkpoint(checkpoints, done, decoder, optimizer, settings.keep_checkpoints)
         on_step(done, steps, figures)
+
+
+def device_rates(result: StepResult, seconds: float, peak: float | None) -> dict[str, float]:
+    """TFLOP/s of one device, and where its peak rate (FLOP/s) is known the share of it that the step's own FLOPs are."""
+    device_seconds = seconds * dist.get_world_size()
+    rates = {
+        "tflops": result.flops / device_seconds / 1e12,
+        "recomputed_tflops": result.recomputed_flops / device_seconds / 1e12,
+    }
+    if peak is not None:
+        rates["mfu"] = result.flops / device_seconds / peak
+    return rates

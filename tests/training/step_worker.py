@@ -66,7 +66,7 @@ def step(
         result = train_step(
             decoder, optimizer, pair_objective(settings, reference), micro, weight, filler, FAR, CPU
         )
-    figures = {**result.figures, "grad_norm": result.grad_norm}
+    figures = {**result.figures, "grad_norm": result.grad_norm, "flops": result.flops}
     return Outcome(figures, gradients(decoder), dict(collectives.counts))
 
 

@@ -16,6 +16,7 @@ from metareward.config import TrainSettings
 from metareward.model.decoder import Decoder
 from metareward.model.hf_files import load_decoder
 from metareward.training.examples import Example
+from metareward.training.flops import step_flops
 from metareward.training.head_weight import head_weight
 from metareward.training.losses import PairLogprobs, pair_loss
 from metareward.training.packing import pack
@@ -180,6 +181,14 @@ def test_two_ranks_with_an_empty_micro_batch(
     examples = make_examples(7)
     decoder = load_decoder(models[family][1], dtype=torch.float32)
     wanted = plain_step(decoder, make_settings(beta=0.3), [examples], 7, reference_of(examples))
+    # What the rank without work computes in its place counts for nothing.
+    work = [
+        pack(part, CPU) for part in (examples[:2], examples[2:3], examples[3:4], examples[4:6], examples[6:])
+    ]
+    wanted.figures["flops"] = sum(
+        step_flops(decoder.config, batch.segments, sum(batch.lengths), recompute_blocks=False).model
+        for batch in work
+    )
     for outcome in two[family]:
         assert_same(outcome, wanted)
         assert outcome.figures["entropy"] > 0

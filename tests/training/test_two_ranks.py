@@ -19,6 +19,7 @@ from metareward.config import TrainSettings
 from metareward.training.examples import Example
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMING = {"seconds", "tokens_per_s", "tflops", "recomputed_tflops"}
 Jobs = dict[str, dict[str, Any]]
 Outcomes = dict[str, list[dict[str, Any]]]
 
@@ -139,7 +140,7 @@ def test_two_ranks_equal_one(two: Outcomes, one: Callable[[str], Any], name: str
         assert len(outcome["steps"]) == len(wanted.steps)
         for left, right in zip(outcome["steps"], wanted.steps, strict=True):
             assert left.keys() == right.keys()
-            for figure in left.keys() - {"seconds", "tokens", "tokens_per_s"}:
+            for figure in left.keys() - {"tokens", *TIMING}:
                 assert left[figure] == pytest.approx(right[figure], rel=1e-5, abs=1e-6), figure
         equal_weights(outcome["weights"], wanted.weights)
 
@@ -147,9 +148,8 @@ def test_two_ranks_equal_one(two: Outcomes, one: Callable[[str], Any], name: str
 @pytest.mark.parametrize("name", ["pairs", "untied", "sft"])
 def test_ranks_agree(two: Outcomes, name: str) -> None:
     left, right = two[name]
-    timing = {"seconds", "tokens_per_s"}
-    assert [{key: value for key, value in step.items() if key not in timing} for step in left["steps"]] == [
-        {key: value for key, value in step.items() if key not in timing} for step in right["steps"]
+    assert [{key: value for key, value in step.items() if key not in TIMING} for step in left["steps"]] == [
+        {key: value for key, value in step.items() if key not in TIMING} for step in right["steps"]
     ]
     assert all(torch.equal(left["weights"][key], right["weights"][key]) for key in left["weights"])
 
