@@ -110,12 +110,15 @@ def paged_attention(
 
 def visible_tokens(segments: SegmentTree) -> Tensor:
     """[T,T] bool: whether token i sees token j, from the definition."""
+    offsets, parents = segments.offsets.tolist(), segments.parents.tolist()
     seen = torch.zeros(segments.tokens, segments.tokens, dtype=torch.bool)
-    for own, ancestors in segments.spans():
-        for token in range(own.start, own.stop):
-            for ancestor in ancestors:
-                seen[token, ancestor] = True
-            seen[token, own.start : token + 1] = True
+    for segment, parent in enumerate(parents):
+        for token in range(offsets[segment], offsets[segment + 1]):
+            seen[token, offsets[segment] : token + 1] = True
+            above = parent
+            while above >= 0:
+                seen[token, offsets[above] : offsets[above + 1]] = True
+                above = parents[above]
     return seen
 
 

@@ -123,7 +123,8 @@ class Runner:
             found["linear"] = layer.qkv.implementation
             if layer.gate_up.fused:
                 found["silu_mul"] = "in the product of gate and up"
-            found["layers"] = "all in one call" if self.model.at_once else "op by op"
+            if self.model.at_once:
+                found["layers"] = "all in one call"
         if self.dtype == torch.bfloat16 and self.device.type == "cpu":
             found["head"] = implementation("linear_fp32")
         if self.device.type == "cuda":

@@ -66,7 +66,11 @@ IN_PLACE = room(
     "any_strides_and_leading_dimensions_in_place[torch-100-columns]",
     "memory_beyond_the_logits[torch-dtype0]",
 )
-TORCH_TREE = room("segment_attention", "float32_matches_the_reference[torch-depth three]")
+TORCH_TREE = room(
+    "segment_attention",
+    "float32_matches_the_reference[torch-depth three]",
+    "strided_inputs_and_gradients[torch]",
+)
 TORCH_DPO = room("dpo_loss", "check[losses_rewards_and_gradients]", "check[sums_are_rounded_once]")
 
 FROM_ZERO = "tl.zeros([], tl.float32)"
@@ -419,6 +423,14 @@ MISTAKES = [
         "segment_attention.py",
         "value.repeat_interleave(repeats, 1)",
         "value.repeat(1, repeats, 1, 1)",
+        TORCH_TREE,
+        "torch",
+    ),
+    Mistake(
+        "segments, torch: a first segment has a scale of its own",
+        "segment_attention.py",
+        "is_causal=True, scale=scale",
+        "is_causal=True",
         TORCH_TREE,
         "torch",
     ),
