@@ -86,7 +86,7 @@ def rows_after_product(inputs: Inputs) -> Call:
 def forced_methods() -> list[Method]:
     """Ours under forced implementations."""
     found = [
-        Method("linear_fp32 + logprob_rows, chunked", "logprob", rows_after_product, OURS, HEAD_OPS[1:]),
+        Method("linear_fp32 + logprob_rows, chunked", "logprob", rows_after_product, OURS, HEAD_OPS[2:]),
     ]
     for choice in ("triton", "torch"):
         found += both_ops(

@@ -225,11 +225,11 @@ def our_dpo_loss(inputs: Inputs) -> Call:
 
 
 OURS = "metareward"
-HEAD_OPS = ("linear_logprob", "linear_fp32", "head_rows")
+HEAD_OPS = ("linear_logprob", "linear_softmax", "linear_fp32", "head_rows")
 # The first of an op is what the others' results are compared with.
 METHODS = [
     *both_ops("linear_logprob", our_linear_logprob, package=OURS, reported=HEAD_OPS),
-    Method("linear_preference", "preference", our_preference, OURS, ("linear_softmax", *HEAD_OPS[1:])),
+    Method("linear_preference", "preference", our_preference, OURS, HEAD_OPS[1:]),
     Method("linear_logprob + dpo_loss", "preference", our_dpo_loss, OURS, (*HEAD_OPS, "dpo_loss")),
     *both_ops(
         "linear + gather_logprob",

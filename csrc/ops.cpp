@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metareward, library) {
   library.def(
       "logprob_entropy_rows_cpp(Tensor logits, Tensor targets, float temperature) -> (Tensor, Tensor, Tensor)");
   library.def(
+      "add_logit_sums_cpp_(Tensor logits, Tensor targets, int first, float temperature, bool entropy, Tensor(a!) sums) "
+      "-> ()");
+  library.def(
       "softmax_residual_rows_cpp_(Tensor(a!) logits, Tensor targets, float temperature, bool entropy, Tensor(b!)? out) "
       "-> (Tensor, Tensor, Tensor)");
   library.def(
@@ -55,6 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(metareward, CPU, library) {
   library.impl("sample_tokens_cpp", TORCH_BOX(&metareward::sample_tokens));
   library.impl("logprob_rows_cpp", TORCH_BOX(&metareward::logprob_rows));
   library.impl("logprob_entropy_rows_cpp", TORCH_BOX(&metareward::logprob_entropy_rows));
+  library.impl("add_logit_sums_cpp_", TORCH_BOX(&metareward::add_logit_sums));
   library.impl("softmax_residual_rows_cpp_", TORCH_BOX(&metareward::softmax_residual_rows));
   library.impl("logit_gradient_rows_cpp_", TORCH_BOX(&metareward::logit_gradient_rows));
   library.impl("add_rms_norm_cpp_", TORCH_BOX(&metareward::add_rms_norm));

@@ -44,7 +44,14 @@ std::tuple<Tensor, Tensor> logprob_rows(Tensor logits /* [C,V] */, Tensor target
 // The same, and every row's entropy in nats.
 std::tuple<Tensor, Tensor, Tensor> logprob_entropy_rows(Tensor logits, Tensor targets, double temperature);
 
-// The same in one pass that leaves onehot - softmax over the logits, or in `out` [C,V], bfloat16, of float32 logits.
+// Adds a part of the vocabulary, that begins at `first`, to what is known of every row: its largest logit, the sum of
+// e^((z - largest) / temperature), the same weighted by (z - largest) / temperature (where `entropy`), and the target's
+// logit, left alone where it lies elsewhere. Starts from -inf, 0, 0.
+void add_logit_sums(
+    Tensor logits /* [C,W] */, Tensor targets /* [C] int64 */, int64_t first, double temperature, bool entropy,
+    Tensor sums /* [4,C] float64 */);
+
+// logprob_entropy_rows in one pass that leaves onehot - softmax over the logits, or in `out` [C,V], bfloat16, of float32 logits.
 // The third tensor is empty unless `entropy`.
 std::tuple<Tensor, Tensor, Tensor> softmax_residual_rows(
     Tensor logits, Tensor targets, double temperature, bool entropy, std::optional<Tensor> out);

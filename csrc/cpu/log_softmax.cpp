@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "../ops.h"
 
@@ -39,7 +40,7 @@ struct Rows {
   int64_t grain() const { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, vocabulary)); }
 };
 
-Rows check_rows(const Tensor& logits, const Tensor& targets) {
+Rows check_shapes(const Tensor& logits, const Tensor& targets) {
   const auto dtype = logits.scalar_type();
   STD_TORCH_CHECK(
       logits.dim() == 2 && logits.is_contiguous() && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
@@ -48,14 +49,19 @@ Rows check_rows(const Tensor& logits, const Tensor& targets) {
       targets.dim() == 1 && targets.is_contiguous() && targets.scalar_type() == ScalarType::Long &&
           targets.size(0) == logits.size(0),
       "targets must be contiguous [C] int64");
-  const int64_t vocabulary = logits.size(1);
-  const auto* target = static_cast<const int64_t*>(targets.data_ptr());
-  for (int64_t i = 0; i < logits.size(0); ++i) {
-    STD_TORCH_CHECK(
-        target[i] >= 0 && target[i] < vocabulary, "target ", target[i], " is outside [0, ", vocabulary - 1, "]");
-  }
   const bool bf16 = dtype == ScalarType::BFloat16;
+  const int64_t vocabulary = logits.size(1);
   return {static_cast<char*>(logits.data_ptr()), logits.size(0), vocabulary, vocabulary * (bf16 ? 2 : 4), bf16};
+}
+
+Rows check_rows(const Tensor& logits, const Tensor& targets) {
+  const Rows rows = check_shapes(logits, targets);
+  const auto* target = static_cast<const int64_t*>(targets.data_ptr());
+  for (int64_t i = 0; i < rows.count; ++i) {
+    STD_TORCH_CHECK(
+        target[i] >= 0 && target[i] < rows.vocabulary, "target ", target[i], " is outside [0, ", rows.vocabulary - 1, "]");
+  }
+  return rows;
 }
 
 struct RowOutputs {
@@ -96,6 +102,35 @@ RowOutputs logprobs_of(const Tensor& logits, const Tensor& targets, double tempe
   return out;
 }
 
+bool masked(const void* row, bool bf16, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (element(row, bf16, i) != -INFINITY) return false;
+  }
+  return true;
+}
+
+// What is known of a row after some of its vocabulary; total and weighted are relative to top.
+struct RunningSums {
+  double &top, &total, &weighted;
+
+  void add(double new_top, double new_total, double new_weighted, double temperature) {
+    if (total == 0.0) {  // nothing so far: a top of -inf cannot be subtracted
+      top = new_top;
+      total = new_total;
+      weighted = new_weighted;
+      return;
+    }
+    if (new_top > top) {
+      std::swap(top, new_top);
+      std::swap(total, new_total);
+      std::swap(weighted, new_weighted);
+    }
+    const double moved = (new_top - top) / temperature, shrink = std::exp(moved);
+    total += shrink * new_total;
+    if (shrink != 0.0) weighted += shrink * (new_weighted + moved * new_total);
+  }
+};
+
 void check_out(const Rows& rows, const std::optional<Tensor>& out) {
   STD_TORCH_CHECK(
       !out.has_value() || (!rows.bf16 && out->scalar_type() == ScalarType::BFloat16 && out->is_contiguous() &&
@@ -113,6 +148,30 @@ std::tuple<Tensor, Tensor> logprob_rows(Tensor logits, Tensor targets, double te
 std::tuple<Tensor, Tensor, Tensor> logprob_entropy_rows(Tensor logits, Tensor targets, double temperature) {
   const RowOutputs out = logprobs_of(logits, targets, temperature, true);
   return {out.logprobs, out.lse, out.entropy};
+}
+
+void add_logit_sums(Tensor logits, Tensor targets, int64_t first, double temperature, bool entropy, Tensor sums) {
+  const Rows rows = check_shapes(logits, targets);
+  STD_TORCH_CHECK(
+      sums.dim() == 2 && sums.is_contiguous() && sums.scalar_type() == ScalarType::Double && sums.size(0) == 4 &&
+          sums.size(1) == rows.count,
+      "sums must be contiguous [4,C] float64");
+  if (rows.vocabulary == 0) return;
+  auto* tops = static_cast<double*>(sums.data_ptr());
+  const auto* target = static_cast<const int64_t*>(targets.data_ptr());
+  const auto pass = METAREWARD_SIMD_PICK(top_and_sum);
+  torch::stable::parallel_for(0, rows.count, rows.grain(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const void* row = rows.data + i * rows.row_bytes;
+      const int64_t at = target[i] - first;
+      if (at >= 0 && at < rows.vocabulary) tops[3 * rows.count + i] = element(row, rows.bf16, at);
+      float top;
+      double sum, weighted = 0.0;
+      pass(row, rows.bf16, rows.vocabulary, float(1.0 / temperature), &top, &sum, entropy ? &weighted : nullptr);
+      if (top == -INFINITY && masked(row, rows.bf16, rows.vocabulary)) continue;
+      RunningSums{tops[i], tops[rows.count + i], tops[2 * rows.count + i]}.add(top, sum, weighted, temperature);
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> softmax_residual_rows(

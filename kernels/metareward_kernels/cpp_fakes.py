@@ -55,6 +55,12 @@ def _logprob_entropy_rows(logits: Tensor, targets: Tensor, temperature: float) -
     return tuple(_floats(logits, logits.shape[0]) for _ in range(3))
 
 
+def _add_logit_sums(
+    logits: Tensor, targets: Tensor, first: int, temperature: float, entropy: bool, sums: Tensor
+) -> None:
+    return None
+
+
 def _softmax_residual_rows(
     logits: Tensor, targets: Tensor, temperature: float, entropy: bool, out: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -198,6 +204,7 @@ def register() -> None:
     torch.library.register_fake("metareward::sample_tokens_cpp", _sample_tokens)
     torch.library.register_fake("metareward::logprob_rows_cpp", _logprob_rows)
     torch.library.register_fake("metareward::logprob_entropy_rows_cpp", _logprob_entropy_rows)
+    torch.library.register_fake("metareward::add_logit_sums_cpp_", _add_logit_sums)
     torch.library.register_fake("metareward::softmax_residual_rows_cpp_", _softmax_residual_rows)
     torch.library.register_fake("metareward::logit_gradient_rows_cpp_", _logit_gradient_rows)
     torch.library.register_fake("metareward::linear_softmax_cpp_", _linear_softmax)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metareward_kernels import dispatch
+from metareward_kernels.fresh_memory import fresh
 from metareward_kernels.head_rows import (
     RowLogprobs,
     accumulation_dtype,
@@ -52,7 +53,7 @@ class Head:
         self.temperature, self.entropy = temperature, entropy
         self.dtype = accumulation_dtype(weight.dtype)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        self.panels = _compiled(weight)
+        self.panels = runs_compiled(weight)
         self._rows = rows
         self._buffers: dict[str, Tensor] = {}
 
@@ -62,7 +63,7 @@ class Head:
             vocabulary = self.weight.shape[0]
             if name == "panels":
                 vocabulary = -(-vocabulary // PANEL) * PANEL
-            self._buffers[name] = torch.empty(self._rows * vocabulary, dtype=dtype, device=self.weight.device)
+            self._buffers[name] = fresh([self._rows * vocabulary], dtype, self.weight.device)
         if name == "panels":
             size = -(-self.weight.shape[0] // PANEL) * PANEL * rows
             return self._buffers[name][:size].view(-1, rows, PANEL)
@@ -153,7 +154,7 @@ class Head:
             total[part] += linear_fp32(residual.rows[:, part].T, scaled).mul_(unit)
 
 
-def _compiled(weight: Tensor) -> bool:
+def runs_compiled(weight: Tensor) -> bool:
     """Whether the compiled kernel runs. It takes bf16 of an even width on the CPU."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.shape[1] % 2 != 0:
         return False

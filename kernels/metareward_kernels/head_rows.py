@@ -1,11 +1,13 @@
-"""The two passes over rows of logits that every head op is made of: log-probs, and the gradient of log-probs.
+"""The passes over rows of logits that every head op is made of: log-probs, and the gradient of log-probs.
 
-They are memory-bound: `logprob_rows` reads the logits, `logit_gradient_rows_` reads and writes them, in place. Both take
-logits that already hold the bias and divide them by the temperature. Not differentiable: the ops on top of them are.
+They are memory-bound: `logprob_rows` reads the logits, `add_logit_sums_` a part of the vocabulary at a time,
+`logit_gradient_rows_` reads and writes them, in place. All take logits that already hold the bias and divide them by the
+temperature. Not differentiable: the ops on top of them are.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,6 +72,66 @@ def logprob_rows(
 def _entropy(logits: Tensor, lse: Tensor, temperature: float) -> Tensor:
     logprobs = (logits.to(lse.dtype) / temperature).sub_(lse[:, None])
     return -(logprobs.exp().mul_(logprobs.nan_to_num_(neginf=0.0))).sum(dim=1)
+
+
+def new_logit_sums(rows: int, device: torch.device) -> Tensor:
+    """[4,C] float64, of a vocabulary of which nothing is known yet: see `add_logit_sums_`."""
+    start = torch.tensor([-math.inf, 0.0, 0.0, math.nan], dtype=torch.float64, device=device)
+    return start[:, None].expand(4, rows).clone()
+
+
+def add_logit_sums_(
+    sums: Tensor,  # [4,C]
+    logits: Tensor,  # [C,W]
+    targets: Tensor,  # [C]
+    first: int,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> None:
+    """Adds the part of the vocabulary that begins at `first`, for logits that are never there all at once.
+
+    sums: each row's largest logit so far; the sum of e^((z - largest) / temperature); that sum weighted by
+    (z - largest) / temperature, with `entropy`; the target's logit, once its part has come. targets [C] int64 count from
+    the vocabulary's beginning. logits contiguous, as in `logprob_rows`, on the CPU.
+    """
+    if _implementation(logits) == "cpp":
+        torch.ops.metareward.add_logit_sums_cpp_(
+            logits, targets.contiguous(), first, temperature, entropy, sums
+        )
+        return
+    top, total, weighted, at_target = sums
+    inside = (targets >= first) & (targets < first + logits.shape[1])
+    found = logits.gather(1, (targets - first).clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+    at_target.copy_(torch.where(inside, found.double(), at_target))
+    largest = torch.maximum(top, logits.amax(dim=1).double())
+    base = largest.masked_fill(largest == -math.inf, 0.0)  # -inf - -inf is NaN
+    shifted = (
+        logits.to(accumulation_dtype(logits.dtype)).sub(base[:, None].to(logits.dtype)).div_(temperature)
+    )
+    terms = shifted.exp()
+    # Times a sum of 0 the least difference is 0, where minus infinity would not be.
+    moved = ((top - base) / temperature).clamp_min(-1e30)
+    weighted.add_(moved * total).mul_(moved.exp())
+    total.mul_(moved.exp()).add_(terms.sum(dim=1))
+    if entropy:
+        weighted.add_(terms.mul_(shifted.clamp_min_(-1e30)).sum(dim=1))
+    top.copy_(largest)
+
+
+def logprobs_of_sums(
+    sums: Tensor,  # [4,C]
+    temperature: float,
+    entropy: bool,
+    dtype: torch.dtype,
+) -> RowLogprobs:
+    """What `logprob_rows` returns, in `dtype`, once the whole vocabulary is in the sums."""
+    top, total, weighted, at_target = sums
+    log_sum = total.log()  # of at least 1: the largest logit's term is exactly 1
+    return RowLogprobs(
+        ((at_target - top) / temperature - log_sum).to(dtype),
+        (top / temperature + log_sum).to(dtype),
+        (log_sum - weighted / total).to(dtype) if entropy else None,
+    )
 
 
 def softmax_residual_rows_(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metareward_kernels.fresh_memory import fresh
 from metareward_kernels.head_chunk import Head
 from metareward_kernels.pair_losses import PairLoss
 from metareward_kernels.preference_inputs import check_layout, check_tensors, check_vector
@@ -96,9 +97,9 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, compiled: bool) -> Te
     """x times a number, multiplied in x's precision and rounded once: [V,H] has no temporary copy if it can be helped."""
     if compiled and (x.dtype, dtype) == (torch.float32, torch.bfloat16):
         return torch.ops.metareward.scaled_bf16_cpp(x, float(factor))
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and x.dtype != dtype:
         return (x * factor).to(dtype)
-    return torch.mul(x, factor.reshape([1] * x.dim()), out=torch.empty_like(x, dtype=dtype))
+    return torch.mul(x, factor.reshape([1] * x.dim()), out=fresh(x.shape, dtype, x.device))
 
 
 def _linear_preference(

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from metareward_kernels.fresh_memory import fresh
 from metareward_kernels.head_chunk import Head
 from metareward_kernels.pair_chunks import plan_chunks, token_rows
 from metareward_kernels.pair_losses import PairLogprobs, PairLoss
@@ -169,7 +170,7 @@ class Pass:
             self.grad_hidden = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=device)
         plan = plan_chunks(self.problem.lengths, self.problem.pairs, self.chunk_tokens)
         self.forward(plan.unpaired)
-        total = torch.empty(shape, dtype=self.head.dtype, device=device)
+        total = fresh(shape, self.head.dtype, device)
         total_bias = torch.empty(shape[:1], dtype=self.head.dtype, device=device) if need_bias else None
         first = True
         for sequences in plan.together + plan.long:

@@ -53,6 +53,7 @@ ATTENTION = interpreter(
     "causal_prefill_mixed_with_decode[shape0]",
 )
 TORCH_ROWS = room("head_checks", "check[torch-gather_logprob-values_and_gradients]")
+PARTS = room("logit_sums", "parts_give_what_the_whole_gives[torch-1.0-hundreds-257]")
 TORCH_HEAD = room(
     "linear_logprob",
     "values_and_gradients_match_the_reference[torch-1.0-257]",
@@ -328,6 +329,22 @@ MISTAKES = [
         "(coefficient / temperature)[:, None]",
         "coefficient[:, None]",
         TORCH_ROWS,
+        "torch",
+    ),
+    Mistake(
+        "torch: the sums of a part of the vocabulary are not moved to a larger logit",
+        "head_rows.py",
+        "total.mul_(moved.exp())",
+        "total.mul_(1.0)",
+        PARTS,
+        "torch",
+    ),
+    Mistake(
+        "torch: every part of the vocabulary gives the target's logit",
+        "head_rows.py",
+        "torch.where(inside, found.double(), at_target)",
+        "found.double()",
+        PARTS,
         "torch",
     ),
     Mistake(

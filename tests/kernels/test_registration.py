@@ -133,6 +133,14 @@ def row_cases() -> list[Arguments]:
     ]
 
 
+def sums_cases() -> list[Arguments]:
+    return [
+        (*case[:2], 3, 0.9, entropy, torch.zeros(4, len(case[0]), dtype=torch.float64))
+        for case in row_cases()
+        for entropy in (False, True)
+    ]
+
+
 def row_gradient_cases() -> list[Arguments]:
     return [
         (randn(rows, 9), ids(rows, 9), randn(rows), randn(rows), 0.9, out)
@@ -291,6 +299,7 @@ COMPILED_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "paged_attention_cpp": lambda: [(case[0].contiguous(), *case[1:]) for case in attention_cases()],
     "sample_tokens_cpp": lambda: [(case[0].contiguous(), *case[1:]) for case in draw_cases()],
     "logprob_rows_cpp": row_cases,
+    "add_logit_sums_cpp_": sums_cases,
     "logit_gradient_rows_cpp_": row_gradient_cases,
     "logprob_entropy_rows_cpp": row_cases,
     "softmax_residual_rows_cpp_": residual_cases,
