@@ -42,7 +42,7 @@ class Preference(NamedTuple):
     loss: Tensor  # [] float32 (float64 for float64 inputs): sum of pair_weights * losses
     losses: Tensor  # [P] float64, as all that follow but entropy and accuracy
     logprobs: Tensor  # [S] log-prob of every sequence, summed over its tokens, in nats
-    chosen_rewards: Tensor  # [P] log pi / pi_ref; beta is the loss's own and not in here
+    chosen_rewards: Tensor  # [P] beta log pi / pi_ref, as `dpo_loss` returns them
     rejected_rewards: Tensor  # [P]
     margins: Tensor  # [P] chosen_rewards - rejected_rewards
     accuracy: Tensor  # [P] float32: 1 where the margin is above 0
@@ -110,6 +110,7 @@ def _linear_preference(
     reference_logprobs: Tensor,
     loss: PairLoss,
     pair_weights: Tensor | None,
+    beta: float,
     temperature: float,
     return_entropy: bool,
     chunk_tokens: int | None,
@@ -125,6 +126,10 @@ def _linear_preference(
         chunk_tokens = chunk_size(hidden.device)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if not beta > 0.0:
+        raise ValueError(
+            f"beta must be positive, got {beta}; it scales the rewards alone, the loss has its own"
+        )
     problem = Problem(starts, found, reference_logprobs, loss, pair_weights, hidden.device)
     need = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs)
     value, losses, logprobs, entropy = _LinearPreference.apply(
@@ -132,13 +137,14 @@ def _linear_preference(
     )
     with torch.no_grad():
         record = problem.record(logprobs)
-        margins = record.margin
+        chosen_rewards, rejected_rewards = beta * record.chosen_ratio, beta * record.rejected_ratio
+        margins = chosen_rewards - rejected_rewards
         return Preference(
             value,
             losses,
             logprobs,
-            record.chosen_ratio,
-            record.rejected_ratio,
+            chosen_rewards,
+            rejected_rewards,
             margins,
             (margins > 0).float(),
             entropy if return_entropy else None,
@@ -160,6 +166,7 @@ def linear_preference(
     reference_logprobs: Tensor,  # [S]
     loss: PairLoss,
     *,
+    beta: float = 1.0,
     pair_weights: Tensor | None = None,  # [P]
     bias: Tensor | None = None,  # [V]
     temperature: float = 1.0,
@@ -174,6 +181,8 @@ def linear_preference(
     synchronisation, as the check of targets does. A sequence may be in several pairs, or in none: then it gets no gradient.
     loss: any function of `PairLogprobs` in PyTorch, one number a pair that depends on that pair alone; it is called with
     float64 vectors, once a chunk for its derivative and once for the result. pair_weights: 1/P each if not given.
+    beta: that of the loss, which is a function and cannot be asked. It enters the rewards alone, DPO's implicit
+    beta log pi / pi_ref (arXiv 2305.18290, section 5); 1 leaves them bare log ratios.
     chunk_tokens bounds the logits held at once, 1,024 on a CPU and 4,096 on CUDA if not given: pairs, with all that share a
     sequence with them, that are longer take a fourth product (unless the head is frozen).
 
@@ -191,6 +200,7 @@ def linear_preference(
         reference_logprobs,
         loss,
         pair_weights,
+        beta,
         temperature,
         return_entropy,
         chunk_tokens,

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from metareward_kernels import Preference, implementation, linear_preference, reference
+from metareward_kernels import (
+    Preference,
+    dpo_loss,
+    implementation,
+    linear_logprob,
+    linear_preference,
+    reference,
+)
 from metareward_kernels.head_rows import logprob_rows, softmax_residual_rows_
 from metareward_kernels.pair_losses import PairLogprobs, PairLoss, dpo, hinge, ipo
 from torch import Tensor
@@ -101,9 +108,10 @@ def assert_matches(problem: dict[str, Any], tolerance: float, upstream: float = 
         assert (ours.double() - true).norm() <= tolerance * true.norm()
     chosen, rejected = problem["pairs"].unbind(dim=1)
     ratios = logprobs - problem["reference_logprobs"]
-    torch.testing.assert_close(found.chosen_rewards, ratios[chosen], rtol=values, atol=values)
-    torch.testing.assert_close(found.rejected_rewards, ratios[rejected], rtol=values, atol=values)
-    torch.testing.assert_close(found.margins, ratios[chosen] - ratios[rejected], rtol=values, atol=values)
+    rewards = settings.get("beta", 1.0) * ratios
+    torch.testing.assert_close(found.chosen_rewards, rewards[chosen], rtol=values, atol=values)
+    torch.testing.assert_close(found.rejected_rewards, rewards[rejected], rtol=values, atol=values)
+    torch.testing.assert_close(found.margins, rewards[chosen] - rewards[rejected], rtol=values, atol=values)
     assert torch.equal(found.accuracy, (found.margins > 0).float())
     assert (found.logprobs <= 0).all()
 
@@ -146,6 +154,18 @@ def test_losses(kernels: str, loss: PairLoss, dtype: torch.dtype) -> None:
     skip_where_not_compiled(kernels, dtype)
     problem = make(dtype=dtype, loss=loss, pair_weights=torch.tensor([0.5, -1.0, 2.0]))
     assert_matches(problem, 2 * TOLERANCE[dtype], chunk_tokens=30)
+
+
+def test_rewards_are_those_of_dpo_loss() -> None:
+    problem = make()
+    found, _ = run(problem, beta=0.1)
+    tokens = linear_logprob(problem["hidden"], problem["weight"], problem["targets"], bias=problem["bias"])
+    settings = (problem["cu_seqlens"], problem["pairs"], problem["reference_logprobs"])
+    other = dpo_loss(tokens, *settings, beta=0.1)
+    torch.testing.assert_close(found.losses, other.losses)
+    torch.testing.assert_close(found.chosen_rewards, other.chosen_rewards)
+    torch.testing.assert_close(found.rejected_rewards, other.rejected_rewards)
+    torch.testing.assert_close(found.margins, other.margins)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 48, 383, 385, 800, 1280, 50257])
@@ -450,6 +470,7 @@ def test_bad_inputs() -> None:
         (ValueError, "floating bias", {"bias": good["bias"][1:]}),
         (ValueError, "one CPU or CUDA device", {"weight": good["weight"].to("meta")}),
         (ValueError, "temperature must be positive", {"temperature": 0.0}),
+        (ValueError, "beta must be positive", {"beta": 0.0}),
         (ValueError, "cu_seqlens", {"cu_seqlens": good["cu_seqlens"] + 1}),
         (ValueError, "cu_seqlens", {"cu_seqlens": good["cu_seqlens"].flip(0)}),
         (TypeError, "cu_seqlens", {"cu_seqlens": good["cu_seqlens"].float()}),
