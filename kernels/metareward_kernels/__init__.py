@@ -4,6 +4,12 @@ attention, sampling, and the fused rows of inference.
 
 Every op has a plain PyTorch implementation and, where the compiled library is present, a C++ one for the CPU.
 `report()` says which implementation of each op runs in this process.
+
+Targets of a head op lie in [0, V). On a CPU one outside raises IndexError. On a GPU to say so would wait for the device:
+`linear_logprob` returns NaN for it, from the Triton kernel (its PyTorch path, METAREWARD_KERNELS=torch, ends in a
+device-side assertion, as `gather_logprob` always does there). `linear_preference`, which waits for the device anyway,
+raises IndexError everywhere. Labels of -100 are such targets: leave their tokens out instead. The GPU's share of this has
+never run on a GPU.
 """
 
 from __future__ import annotations

@@ -207,8 +207,8 @@ def gather_logprob(
     An op that saved them for its own backward pass and runs after this one raises, and so does a second backward pass; logits
     that are a leaf or a view of one, and expanded ones, raise at once. True: the gradient is a tensor of its own, made from a
     copy. Under torch.compile it always is one: there the compiler owns the memory.
-    Raises IndexError for a target outside the vocabulary (on CUDA a device-side assertion, so as not to wait for the device),
-    TypeError or ValueError for other dtypes, shapes, devices or a temperature that is not positive.
+    Raises TypeError or ValueError for other dtypes, shapes, devices or a temperature that is not positive. A target outside
+    the vocabulary raises IndexError on a CPU and is a device-side assertion on a GPU: see `metareward_kernels`.
     """
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")

@@ -220,9 +220,8 @@ def linear_logprob(
     Differentiable in hidden, weight and bias: a frozen one costs no product; gradients come in the inputs' dtypes, summed
     over tokens in fp32 first. In bf16 the products take bf16 numbers; logits and softmax are fp32, the logits' gradient
     bf16. At most chunk_tokens * V logits or their gradients are held at once (Triton: only in the backward pass).
-    Raises IndexError for a target outside the vocabulary (on a GPU its log-prob is NaN in the Triton kernel, for the check
-    would wait for the device), TypeError or ValueError for other dtypes, shapes, devices or a temperature that is not
-    positive.
+    Raises TypeError or ValueError for other dtypes, shapes, devices or a temperature that is not positive. A target outside
+    the vocabulary raises IndexError on a CPU and gives NaN on a GPU: see `metareward_kernels`.
     """
     check_head_arguments(hidden, weight, targets, bias, temperature)
     if chunk_tokens < 1:

@@ -190,7 +190,8 @@ def linear_preference(
     by this call and kept until the backward pass: call it under no_grad where none is wanted (the log-probs are then computed in
     the same chunks, with the same rounding). Differentiable once.
     Under torch.compile it is one graph break: a loss is a Python function, which no operator can take.
-    Raises TypeError, ValueError or IndexError for inputs that do not fit together.
+    Raises TypeError, ValueError or IndexError for inputs that do not fit together; IndexError for a target outside the
+    vocabulary on a GPU too, unlike the other head ops (see `metareward_kernels`).
     """
     return _outside_of_graphs()(
         (hidden, weight, bias),
