@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import gpu_sampler
-from bench.gpu_sampler import SHAPES
+from bench.gpu_sampler_workload import SHAPES, make_requests
 from bench.record import ROOT
 from bench.workloads import common_length
 from metareward.config import Recipe
@@ -35,7 +35,7 @@ def test_limits_of_llama3_8b_are_the_hand_figures() -> None:
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_requests_share_what_is_promised(name: str) -> None:
     shapes = SHAPES[name]
-    prompts = [request.prompt for request in gpu_sampler.make_requests(shapes, seed=0)]
+    prompts = [request.prompt for request in make_requests(shapes, seed=0)]
     assert len(prompts) == shapes.batch
     assert {len(prompt) for prompt in prompts} == {shapes.prompt}
     assert shapes.prompt + (shapes.few + shapes.many) / 2 == shapes.context
