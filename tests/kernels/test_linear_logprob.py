@@ -7,17 +7,10 @@ import sys
 
 import pytest
 import torch
-from metareward_kernels import implementation, linear_logprob, reference
+from metareward_kernels import linear_logprob, reference
 from torch import Tensor
 
-
-@pytest.fixture(params=["cpp", "torch"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "cpp" and implementation("linear_logprob") != "cpp":
-        pytest.skip("the compiled library is not built")
-    if request.param == "torch":
-        monkeypatch.setenv("METAREWARD_KERNELS", "torch")
-    return request.param
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def make(

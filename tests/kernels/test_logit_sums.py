@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from metareward_kernels import chunked_logprob, implementation, linear_logprob, reference
+from metareward_kernels import chunked_logprob, linear_logprob, reference
 from metareward_kernels.head_rows import (
     RowLogprobs,
     add_logit_sums_,
@@ -17,15 +17,7 @@ from torch import Tensor
 
 from tests.kernels.head_checks import nasty_rows
 
-
-@pytest.fixture(params=["cpp", "torch"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv("METAREWARD_KERNELS", raising=False)
-    if request.param == "cpp" and implementation("head_rows") != "cpp":
-        pytest.skip("the compiled library is not built")
-    if request.param == "torch":
-        monkeypatch.setenv("METAREWARD_KERNELS", "torch")
-    return request.param
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def by_parts(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ from metareward.training.packing import pack, tree_attention
 from metareward.training.sharded import load_sharded, reshard, whole_tensors
 from metareward.training.step import hidden_states
 from metareward.training.trainer import TrainingSet, logprobs_of
+from tests.training.plain_loop import logprob
 
 CPU = torch.device("cpu")
 Models = dict[str, tuple[Any, Path]]
@@ -176,81 +176,6 @@ def test_dpo_learns_a_tiny_set(
     assert [outcome.steps[-1][f"accuracy{kind}"] for kind in ("", "_actor", "_judge")] == [1.0, 1.0, 1.0]
     assert outcome.steps[-1]["loss"] < 0.5 * math.log(2)
     assert outcome.steps[-1]["margin"] > 0.5
-
-
-def logprob(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
-    """Log-prob of a completion by transformers alone: one sequence, no packing."""
-    logits = model(torch.tensor([[*prompt, *completion]])).logits[0]
-    logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
-    return logprobs[torch.arange(len(completion)), torch.tensor(completion)].sum()
-
-
-def plain_loop(
-    model: Any, batches: Sequence[Sequence[Example]], settings: TrainSettings, steps: int, objective: str
-) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step of a training loop in plain transformers and PyTorch."""
-    frozen = copy.deepcopy(model)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.weight_decay,
-    )
-    found = []
-    for step, batch in enumerate(batches):
-        # 20 steps with a tenth of warm-up: two steps at a third and two thirds of the peak, then the cosine.
-        scale = (step + 1) / 3 if step < 2 else 0.5 + 0.5 * math.cos(math.pi * (step - 2) / (steps - 2))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * scale
-        optimizer.zero_grad()
-        if objective == "sft":
-            total = sum(len(item.completions[0]) for item in batch)
-            loss = -sum(logprob(model, item.prompt, item.completions[0]) for item in batch) / total
-        else:
-            terms = []
-            for item in batch:
-                with torch.no_grad():
-                    fixed = [logprob(frozen, item.prompt, part) for part in item.completions]
-                chosen, rejected = (logprob(model, item.prompt, part) for part in item.completions)
-                terms.append(
-                    torch.log1p(torch.exp(-settings.beta * (chosen - fixed[0] - rejected + fixed[1])))
-                )
-            loss = sum(terms) / len(terms)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        found.append((loss.item(), norm.item()))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("family", "objective"), [("llama-tied", "pair"), ("qwen3", "pair"), ("qwen3", "sft")]
-)
-def test_first_steps_equal_a_plain_loop(
-    models: Models,
-    make_settings: MakeSettings,
-    make_examples: MakeExamples,
-    worker: ModuleType,
-    tmp_path: Path,
-    family: str,
-    objective: str,
-) -> None:
-    model, folder = models[family]
-    settings = make_settings(epochs=10, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5, beta=0.3)
-    examples = make_examples(8, completions=2 if objective == "pair" else 1)
-    job = worker.Job(folder, examples, settings, tmp_path, objective, stop_after=4)
-    order = worker.training_set(job).order
-    assert order.steps == 20
-    batches = [[examples[index] for index in order.indices(step)] for step in range(4)]
-    wanted = plain_loop(copy.deepcopy(model), batches, settings, order.steps, objective)
-    outcome = worker.run(job)
-    found = [(figures["loss"], figures["grad_norm"]) for figures in outcome.steps]
-    for left, right in zip(found, wanted, strict=True):
-        assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
-    assert wanted[0][1] > settings.max_grad_norm, "clipping has something to do"
-    assert abs(wanted[3][0] - wanted[0][0]) > 1e-2, "the steps moved the loss"
 
 
 def test_bf16_compute_keeps_fp32_weights(
