@@ -27,7 +27,7 @@ from metareward_kernels.pair_losses import PairLoss
 from metareward_kernels.preference_inputs import check_layout, check_tensors, check_vector
 from metareward_kernels.preference_pass import Pass, Problem, sum_segments
 
-CPU_CHUNK_TOKENS = 1024
+CPU_CHUNK_TOKENS = 576
 CUDA_CHUNK_TOKENS = 4096
 
 
@@ -183,7 +183,7 @@ def linear_preference(
     float64 vectors, once a chunk for its derivative and once for the result. pair_weights: 1/P each if not given.
     beta: that of the loss, which is a function and cannot be asked. It enters the rewards alone, DPO's implicit
     beta log pi / pi_ref (arXiv 2305.18290, section 5); 1 leaves them bare log ratios.
-    chunk_tokens bounds the logits held at once, 1,024 on a CPU and 4,096 on CUDA if not given: pairs, with all that share a
+    chunk_tokens bounds the logits held at once, 576 on a CPU and 4,096 on CUDA if not given: pairs, with all that share a
     sequence with them, that are longer take a fourth product (unless the head is frozen).
 
     The gradients of hidden, weight and bias come in their dtypes; the weight's is summed over chunks in fp32. They are made

@@ -172,10 +172,10 @@ def test_rates_of_a_device_by_hand() -> None:
 
 
 def test_rows_whose_logits_are_made_twice(make_examples: Callable[..., list[Example]]) -> None:
-    """A chunk has 1,024 tokens on a CPU: the second pair is longer, the first fits to the token."""
-    batch = replace(pack(make_examples(3), CPU), lengths=(1000, 24, 1000, 25, 3, 4))
-    assert pair_objective(TrainSettings(), {}).recomputed_rows(batch) == 1025
-    assert sft_objective().recomputed_rows(batch) == 1000 + 24 + 1000 + 25 + 3 + 4
+    """A chunk has 576 tokens on a CPU: the second pair is longer, the first fits to the token."""
+    batch = replace(pack(make_examples(3), CPU), lengths=(500, 76, 500, 77, 3, 4))
+    assert pair_objective(TrainSettings(), {}).recomputed_rows(batch) == 577
+    assert sft_objective().recomputed_rows(batch) == 500 + 76 + 500 + 77 + 3 + 4
 
 
 def test_figures_of_a_step_on_a_cpu(
