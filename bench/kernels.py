@@ -49,6 +49,7 @@ def benchmark(
     compiled: bool = True,
     plot: bool = True,
     seed: int = 0,
+    add: bool = False,
 ) -> None:
     """Measure log-probs and preference loss, ours and others'.
 
@@ -66,6 +67,7 @@ def benchmark(
         compiled: Also run what goes through torch.compile, which takes seconds to minutes for each at the first call.
         plot: Draw FILE.svg too.
         seed: Of the inputs.
+        add: Keep the rows that FILE has of other cells, measured on this machine and commit: a long grid in parts.
     """
     if rounds < 1:
         raise UserError(f"--rounds is {rounds}: set 1 or more")
@@ -90,7 +92,7 @@ def benchmark(
     methods = [
         method if compiled or not method.compiled else leave_out(method) for method in (*METHODS, *PEERS)
     ]
-    record = run(cells, methods, json, rounds=rounds, minutes=minutes, seed=seed, tell=tell)
+    record = run(cells, methods, json, rounds=rounds, minutes=minutes, seed=seed, tell=tell, add=add)
     print_table(record["rows"])
     if plot:
         print(f"wrote {json} and {head_plot.draw(record, json.with_suffix('.svg'))}")

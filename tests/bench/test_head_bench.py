@@ -21,7 +21,7 @@ from bench.head_grid import Cell, Row, measure_cell, measure_grid, run_pass
 from bench.head_inputs import LONGEST, SHORTEST, Inputs, Shape, make_inputs, pad, pair_lengths
 from bench.head_methods import METHODS, Call, Method, Unavailable, both_ops, eager, forced, per_token
 from bench.head_peers import PEERS
-from bench.head_run import make_cells
+from bench.head_run import make_cells, run
 from bench.peak_memory import PROCESS, timed_with_peak
 from metareward.errors import UserError
 
@@ -91,6 +91,29 @@ def test_quick_run_leaves_a_complete_file(tmp_path: Path) -> None:
     ],
     ids=["sign", "dropped gradient", "nan"],
 )
+def test_a_grid_measured_in_parts(tmp_path: Path) -> None:
+    """--add keeps other cells' rows, measures its own anew, and refuses rows of another commit."""
+    path = tmp_path / "x.json"
+
+    def part(*cells: Cell, add: bool = True) -> list[tuple[str, str, str]]:
+        found = run(cells, PLAIN, path, rounds=1, minutes=5.0, seed=0, tell=lambda *_: None, add=add)
+        return [(row["op"], row["dtype"], row["pass"]) for row in found["rows"]]
+
+    forward, backward = ("logprob", "fp32", "forward"), ("logprob", "fp32", "forward+backward")
+    assert part(cell("forward")) == [forward] * 2
+    assert part(cell()) == [forward] * 2 + [backward] * 2
+    assert part(cell("forward")) == [backward] * 2 + [forward] * 2
+    record = json.loads(path.read_text())
+    record["commit"] = "another"
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="another commit"):
+        part(cell())
+    assert part(cell(), add=False) == [backward] * 2
+    path.write_text("[]")
+    with pytest.raises(UserError, match="leave out --add"):
+        part(cell())
+
+
 def test_a_method_that_computes_something_else_is_not_timed(wrong: Any, measure: str) -> None:
     method = Method("wrong", "logprob", lambda inputs: per_token(inputs, wrong))
     reference, row = measured([PLAIN[0], method], cell())
