@@ -79,18 +79,6 @@ def test_quick_run_leaves_a_complete_file(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "x.svg").is_file() == plots
 
 
-@pytest.mark.parametrize(
-    ("wrong", "measure"),
-    [
-        (lambda hidden, weight, targets: -eager(hidden, weight, targets), "logprob"),
-        (
-            lambda hidden, weight, targets: eager(hidden, weight.detach() + 0 * weight, targets),
-            "gradient_weight",
-        ),
-        (lambda hidden, weight, targets: eager(hidden * float("nan"), weight, targets), "logprob"),
-    ],
-    ids=["sign", "dropped gradient", "nan"],
-)
 def test_a_grid_measured_in_parts(tmp_path: Path) -> None:
     """--add keeps other cells' rows, measures its own anew, and refuses rows of another commit."""
     path = tmp_path / "x.json"
@@ -114,6 +102,18 @@ def test_a_grid_measured_in_parts(tmp_path: Path) -> None:
         part(cell())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "measure"),
+    [
+        (lambda hidden, weight, targets: -eager(hidden, weight, targets), "logprob"),
+        (
+            lambda hidden, weight, targets: eager(hidden, weight.detach() + 0 * weight, targets),
+            "gradient_weight",
+        ),
+        (lambda hidden, weight, targets: eager(hidden * float("nan"), weight, targets), "logprob"),
+    ],
+    ids=["sign", "dropped gradient", "nan"],
+)
 def test_a_method_that_computes_something_else_is_not_timed(wrong: Any, measure: str) -> None:
     method = Method("wrong", "logprob", lambda inputs: per_token(inputs, wrong))
     reference, row = measured([PLAIN[0], method], cell())
