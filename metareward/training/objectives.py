@@ -34,12 +34,14 @@ class Objective:
         (scale * the loss summed over the micro-batch, a [] tensor; figures summed likewise, without the scale).
     report(sums, weight): the figures of a whole step.
     recomputed_rows(batch): rows whose logits `loss` computes twice.
+    fused_head: whether `loss` computes the head's gradients too, so that the backward pass has none of its products left.
     """
 
     weight: Callable[[Example], float]
     loss: Callable[[PackedBatch, Tensor, Tensor, float], tuple[Tensor, Sums]]
     report: Callable[[Sums, float], dict[str, float]]
     recomputed_rows: Callable[[PackedBatch], int]
+    fused_head: bool
 
 
 def sft_objective() -> Objective:
@@ -57,6 +59,7 @@ def sft_objective() -> Objective:
         loss,
         lambda sums, weight: {"loss": sums["loss"] / weight, "entropy": sums["entropy"] / weight},
         lambda batch: sum(batch.lengths),
+        fused_head=False,
     )
 
 
@@ -102,7 +105,7 @@ def pair_objective(settings: TrainSettings, reference: Mapping[str, tuple[float,
         found = preference(batch, hidden, head, fixed, compute, scale)
         return found.loss, pair_figures(settings, batch, found, fixed)
 
-    return Objective(lambda example: 1.0, loss, report_pairs, rows_of_long_pairs)
+    return Objective(lambda example: 1.0, loss, report_pairs, rows_of_long_pairs, fused_head=True)
 
 
 def rows_of_long_pairs(batch: PackedBatch) -> int:

@@ -63,6 +63,29 @@ class PackedBatch:
         return torch.stack([part.sum() for part in logprobs.double().split(list(self.lengths))])
 
 
+def attention_pairs(segments: Sequence[Segment]) -> int:
+    """Pairs of a query and a key it sees, in a packed tree: all of a segment's ancestors, and itself causally."""
+    lengths = [(segment.stop - segment.start, segment.context) for segment in segments]
+    return sum(length * context + length * (length + 1) // 2 for length, context in lengths)
+
+
+def work_of(batch: PackedBatch, fused_head: bool = False) -> dict[str, int]:
+    """What a forward pass over the micro-batch computes, as `metareward.model.flops.Work` names it.
+
+    fused_head: whether the head makes its gradients in the forward pass, see `Objective`.
+    """
+    targets = sum(batch.lengths)
+    return {
+        "passes": 1,
+        "rows": batch.tokens,
+        "logit_rows": targets,
+        "pairs": attention_pairs(batch.segments),
+        "fused_rows": targets if fused_head else 0,
+        "completions": len(batch.lengths),
+        "unshared_rows": batch.unshared_tokens,
+    }
+
+
 @dataclass
 class Row:
     """The packed row while it is being built."""

@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
+from metareward.model.flops import Flops, Work, step_flops
 from metareward.training.examples import Example
-from metareward.training.flops import Flops, step_flops
 from metareward.training.head_weight import head_weight, hold_head
 from metareward.training.objectives import Objective, Sums
-from metareward.training.packing import PackedBatch, pack, tree_attention
+from metareward.training.packing import PackedBatch, pack, tree_attention, work_of
 
 
 class TrainingDiverged(UserError):
@@ -26,7 +26,7 @@ class TrainingDiverged(UserError):
 class StepResult:
     """Figures of one optimizer step, over all ranks and the same on every rank.
 
-    flops: of forward and backward, see `training.flops`; recomputed_flops: on top of them.
+    flops: of forward and backward, see `model.flops`; recomputed_flops: on top of them.
     """
 
     figures: dict[str, float]
@@ -117,8 +117,7 @@ def flops_of(decoder: Decoder, objective: Objective, batch: PackedBatch) -> Flop
     """Forward and backward of one micro-batch."""
     return step_flops(
         decoder.config,
-        batch.segments,
-        sum(batch.lengths),
+        Work.of(work_of(batch)),
         recompute_blocks=decoder.activation_checkpointing,
         recomputed_head_rows=objective.recomputed_rows(batch),
     )

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from metareward.config import TrainSettings
+from metareward.model.data_sheets import no_mfu, peak_flops
 from metareward.model.decoder import Decoder
 from metareward.training.checkpoint import load_checkpoint, save_checkpoint
 from metareward.training.examples import DataOrder, Example, micro_batches
-from metareward.training.flops import no_mfu, peak_flops
 from metareward.training.head_weight import head_weight
 from metareward.training.objectives import Objective, pair_logprobs
 from metareward.training.optimizer import build_optimizer, learning_rate, set_learning_rate

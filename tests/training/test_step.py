@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from metareward.config import TrainSettings
 from metareward.model.decoder import Decoder
+from metareward.model.flops import Work, step_flops
 from metareward.model.hf_files import load_decoder
 from metareward.training.examples import Example
-from metareward.training.flops import step_flops
 from metareward.training.head_weight import head_weight
 from metareward.training.losses import PairLogprobs, pair_loss
-from metareward.training.packing import pack
+from metareward.training.packing import pack, work_of
 from metareward.training.sharded import load_sharded, reshard
 from metareward.training.step import hidden_states, target_logprobs
 from tests.training.step_worker import CPU, Outcome, step, two_ranks
@@ -185,10 +185,7 @@ def test_two_ranks_with_an_empty_micro_batch(
     work = [
         pack(part, CPU) for part in (examples[:2], examples[2:3], examples[3:4], examples[4:6], examples[6:])
     ]
-    wanted.figures["flops"] = sum(
-        step_flops(decoder.config, batch.segments, sum(batch.lengths), recompute_blocks=False).model
-        for batch in work
-    )
+    wanted.figures["flops"] = sum(step_flops(decoder.config, Work.of(work_of(batch))).model for batch in work)
     for outcome in two[family]:
         assert_same(outcome, wanted)
         assert outcome.figures["entropy"] > 0
