@@ -226,6 +226,10 @@ class LoggingSettings:
     """Write TensorBoard event files to RUN/tensorboard."""
     wandb_project: str = ""
     """Send the same figures to this Weights & Biases project."""
+    profile_steps: CountOrOff = 0
+    """Record so many steps of every stage in full, with a trace of torch.profiler in RUN/spans; 0: off. They are slower."""
+    profile_after: CountOrOff = 2
+    """Steps of a stage that go before those, to warm up."""
 
 
 @dataclass(frozen=True)

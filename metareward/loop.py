@@ -14,6 +14,8 @@ from metareward.recipe_files import check
 from metareward.run import ranks
 from metareward.run.directory import RunDirectory
 from metareward.run.metrics import Metrics
+from metareward.run.spans import open_spans
+from metareward.run.step_trace import ChosenSteps
 from metareward.stages.actor_pairs import select_actor_pairs
 from metareward.stages.compare import compare
 from metareward.stages.context import Context
@@ -48,13 +50,15 @@ def run(recipe: Recipe, root: Path, stop_after: int | None = None) -> bool:
     if is_trained(directory.iteration(len(recipe.iteration))):
         return False
     context = open_context(directory, recipe)
-    preflight(context)
-    seed(context)
+    with context.spans.stage("start", 0):
+        context.spans.mark("data")
+        preflight(context)
+    run_seed(context)
     for number, settings in enumerate(context.recipe.iteration[:stop_after], 1):
         iterate(context, number, settings.meta_judge)
     if stop_after is None or stop_after >= len(recipe.iteration):
         context.metrics.event("finished", "run", len(recipe.iteration))
-    context.metrics.close()
+    context.close()
     return True
 
 
@@ -62,27 +66,30 @@ def iterate(context: Context, number: int, meta_judge: bool) -> None:
     """One iteration: M_t answers, judges and compares, and is trained on what it preferred to become M_{t+1}."""
     if is_trained(context.run.iteration(number)):
         return
-    respond(context, number)
-    judge(context, number)
-    select_actor_pairs(context, number)
-    if meta_judge:
-        compare(context, number)
-        select_judge_pairs(context, number)
-    train_policy(context, number)
+    meta_judging = ("compare", "judge_pairs") if meta_judge else ()
+    for name in ("respond", "judge", "actor_pairs", *meta_judging, "train"):
+        with context.spans.stage(name, number):
+            STAGES[name](context, number)
+
+
+def run_seed(context: Context) -> None:
+    with context.spans.stage("seed", 0):
+        seed(context)
 
 
 def run_stage(recipe: Recipe, root: Path, name: str, iteration: int) -> None:
     """One stage alone, in a run directory that is there. A collective."""
     context = open_context(*open_directory(recipe, root))
     if name == "seed":
-        seed(context)
+        run_seed(context)
     elif not 1 <= iteration <= len(context.recipe.iteration):
         raise UserError(
             f"the recipe has iterations 1 to {len(context.recipe.iteration)}, not {iteration}: set --iteration"
         )
     else:
-        STAGES[name](context, iteration)
-    context.metrics.close()
+        with context.spans.stage(name, iteration):
+            STAGES[name](context, iteration)
+    context.close()
 
 
 def open_directory(recipe: Recipe, root: Path) -> tuple[RunDirectory, Recipe]:
@@ -94,5 +101,8 @@ def open_directory(recipe: Recipe, root: Path) -> tuple[RunDirectory, Recipe]:
 
 
 def open_context(directory: RunDirectory, recipe: Recipe) -> Context:
-    """What the stages are given. Starts the loggers, so not before there is something to log."""
-    return Context(directory, recipe, Metrics(directory.root, recipe.logging, ranks.is_first()))
+    """What the stages are given. Starts the loggers, so not before there is something to log. A collective."""
+    metrics = Metrics(directory.root, recipe.logging, ranks.is_first())
+    settings, folder = recipe.logging, directory.root / "spans"
+    chosen = ChosenSteps(settings.profile_steps, settings.profile_after, folder, ranks.rank())
+    return Context(directory, recipe, metrics, open_spans(folder, chosen))

@@ -20,13 +20,14 @@ from metareward_kernels import dispatch, request_key
 
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
+from metareward.phases import UNRECORDED, Phases
 from metareward.sampler.admission import most_pages
 from metareward.sampler.pages import PagePool
 from metareward.sampler.prefix_tree import PrefixTree
 from metareward.sampler.request import Completion, EngineStats, Request, SamplingParams
 from metareward.sampler.runner import Drawn, Runner
 from metareward.sampler.schedule import Scheduler
-from metareward.sampler.step import Step
+from metareward.sampler.step import Step, kind_of, work_of
 
 OPS = ("paged_attention", "sample_tokens", "keyed_uniforms", "add_rms_norm", "rotate_and_store", "silu_mul")
 
@@ -47,6 +48,7 @@ class Engine:
         cuda_graphs: replay steps that only decode as CUDA graphs. None: on a GPU where attention is Triton's.
         margin: pages are left for running sequences to grow to this many times the mean length of completions;
             less admits more at once and preempts more often.
+        phases: is told what time goes to, and what was computed in it.
 
     Prefixes stay in the cache between two calls of ``generate`` as long as the weights are the same: a change in
     place is noticed by the tensors' version counters, and ``weights_changed()`` says it where they do not count
@@ -66,6 +68,7 @@ class Engine:
         lookahead: int | None = None,
         cuda_graphs: bool | None = None,
         margin: float = 1.25,
+        phases: Phases = UNRECORDED,
     ) -> None:
         sizes = {"max_running": max_running, "page_size": page_size, "max_step_tokens": max_step_tokens}
         for name, size in sizes.items():
@@ -86,6 +89,7 @@ class Engine:
         self.runner = Runner(decoder, page_size, max_running, cuda_graphs)
         self.lookahead = (1 if self.runner.device.type == "cuda" else 0) if lookahead is None else lookahead
         self.margin = margin
+        self.phases = phases
         self._generating = False
 
     def generate(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Completion]:
@@ -132,6 +136,7 @@ class Engine:
                     completions = self._take(scheduler, *pending.popleft())
                     clean = True
                     yield from completions
+                self.phases.step()
             clean = True
         finally:
             scheduler.close()
@@ -153,6 +158,7 @@ class Engine:
     def _schedule(self, scheduler: Scheduler) -> Step | None:
         """The next step; counts what was admitted for it."""
         stats = self.stats
+        self.phases.mark("host")
         with self._timed("host_seconds"):
             held = self.pool.free < self.pool.capacity
             step = scheduler.next_step()
@@ -163,6 +169,7 @@ class Engine:
             stats.requests += counts.started
             stats.prompt_tokens += counts.prompt_tokens
             stats.preemptions += counts.preemptions
+            self.phases.mark("host", requests=counts.started, prompt_tokens=counts.prompt_tokens)
             counts.started = counts.prompt_tokens = counts.preemptions = 0
             if counts.peak_pages > stats.peak_pages:
                 stats.peak_pages, stats.unshared_pages = counts.peak_pages, counts.unshared_pages
@@ -170,10 +177,13 @@ class Engine:
 
     def _compute(self, step: Step, params: SamplingParams) -> Drawn:
         stats = self.stats
+        self.phases.mark(kind_of(step), **work_of(step))
         start = perf_counter()
         logits = self.runner.forward(step)
         computed = perf_counter()
+        self.phases.mark("sample", logit_rows=len(step.logit_rows))
         drawn = self.runner.draw(logits, step, params)
+        self.phases.mark("host")
         stats.sampling_seconds += perf_counter() - computed
         # One forward pass serves both: its time is divided by rows.
         share = step.prefill_tokens / len(step.positions)
@@ -189,6 +199,7 @@ class Engine:
         with self._timed("host_seconds"):
             completions, count = scheduler.record(step, tokens, logprobs)
         self.stats.new_tokens += count
+        self.phases.mark("host", new_tokens=count, completions=len(completions))
         return completions
 
     def _checked(self, requests: Iterable[Request], params: SamplingParams) -> Iterator[Request]:

@@ -70,6 +70,28 @@ class Step:
         return len(self.token_ids)
 
 
+def kind_of(step: Step) -> str:
+    """The phase of a step's forward pass: "prefill" of prompt tokens only, "decode" of next tokens only, else "mixed"."""
+    if len(step.decode_slots) == 0:
+        return "prefill"
+    return "decode" if step.prefill_tokens == 0 else "mixed"
+
+
+def work_of(step: Step) -> dict[str, int]:
+    """What a step's forward pass computes, as `metareward.model.flops.Work` names it.
+
+    A prefix that several rows read counts once in kv_tokens, as attention reads it, and for every row in pairs.
+    """
+    return {
+        "passes": 1,
+        "rows": len(step.positions),
+        "prefill_rows": step.prefill_tokens,
+        "logit_rows": len(step.logit_rows),
+        "pairs": int(step.segments.limits.sum(dtype=np.int64)),
+        "kv_tokens": int(step.segments.lengths.sum(dtype=np.int64)),
+    }
+
+
 @dataclass
 class SharedSegments:
     """The segments of prefixes that several decoding sequences read: row and column of the page table where the

@@ -23,6 +23,7 @@ def scores_of(judgments: list[Line]) -> dict[tuple[str, int], list[float]]:
 
 def select_actor_pairs(context: Context, iteration: int) -> None:
     """responses.jsonl, judgments.jsonl -> actor_pairs.jsonl."""
+    context.spans.mark("data" if ranks.is_first() else "wait")
     ranks.on_first(lambda: write_actor_pairs(context, iteration))
 
 

@@ -46,6 +46,7 @@ def compare(context: Context, iteration: int) -> None:
     settings = recipe.meta_judge
     if is_sampled(files.comparisons):
         return
+    context.spans.mark("data")
     policy = context.policy(iteration)
     chat, limit = context.chat(policy), context.max_context(policy) - settings.max_new_tokens
     template = load_template("meta_judge", Path(settings.template) if settings.template else None)

@@ -15,10 +15,12 @@ from metareward.model.chat import Chat
 from metareward.model.config import ModelConfig
 from metareward.model.hf_files import load_decoder, read_config
 from metareward.model.locate import locate_model
+from metareward.phases import UNRECORDED, Phases
 from metareward.run import ranks
 from metareward.run.directory import IterationFiles, RunDirectory
 from metareward.run.memory import free_memory
 from metareward.run.metrics import Metrics
+from metareward.run.spans import Spans, no_spans
 from metareward.sampler.engine import Engine
 
 logger = logging.getLogger("metareward")
@@ -31,6 +33,7 @@ class Context:
     run: RunDirectory
     recipe: Recipe
     metrics: Metrics
+    spans: Spans = field(default_factory=no_spans)
     _engine: tuple[Path, Engine] | None = field(default=None, repr=False)
     _chats: dict[Path, Chat] = field(default_factory=dict, repr=False)
 
@@ -60,7 +63,9 @@ class Context:
             self.release()
             self._engine = (
                 policy,
-                load_engine(policy, self.chat(policy), self.recipe.sampler, self.recipe.random_seed),
+                load_engine(
+                    policy, self.chat(policy), self.recipe.sampler, self.recipe.random_seed, self.spans
+                ),
             )
         return self._engine[1]
 
@@ -71,8 +76,14 @@ class Context:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        self.metrics.close()
+        self.spans.close()
 
-def load_engine(policy: Path, chat: Chat, settings: SamplerSettings, seed: int) -> Engine:
+
+def load_engine(
+    policy: Path, chat: Chat, settings: SamplerSettings, seed: int, phases: Phases = UNRECORDED
+) -> Engine:
     """A sampler for the model in `policy`, on this rank's device, in the dtype that the settings say. A collective.
 
     Raises:
@@ -104,6 +115,7 @@ def load_engine(policy: Path, chat: Chat, settings: SamplerSettings, seed: int) 
         page_size=settings.page_size,
         max_step_tokens=settings.max_step_tokens,
         kv_tokens=tokens,
+        phases=phases,
     )
 
 

@@ -28,6 +28,7 @@ def judge(context: Context, iteration: int) -> None:
     files, settings = context.files(iteration), context.recipe.judge
     if is_sampled(files.judgments):
         return
+    context.spans.mark("data")
     policy = context.policy(iteration)
     chat, limit = context.chat(policy), context.max_context(policy) - settings.max_new_tokens
     template = judge_template(context)

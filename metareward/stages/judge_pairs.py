@@ -31,6 +31,7 @@ def verdicts_of(comparisons: list[Line], consistent: bool) -> dict[Key, list[Ver
 
 def select_judge_pairs(context: Context, iteration: int) -> None:
     """judgments.jsonl, comparisons.jsonl -> judge_pairs.jsonl."""
+    context.spans.mark("data" if ranks.is_first() else "wait")
     ranks.on_first(lambda: write_judge_pairs(context, iteration))
 
 

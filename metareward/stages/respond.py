@@ -43,6 +43,7 @@ def respond(context: Context, iteration: int) -> None:
     files, settings = context.files(iteration), context.recipe.respond
     if is_sampled(files.responses):
         return
+    context.spans.mark("data")
     choose_prompts(context, iteration)
     policy = context.policy(iteration)
     lines = ((line["prompt_id"], line["prompt"]) for line in read_jsonl(files.prompts))

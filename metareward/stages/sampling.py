@@ -76,6 +76,8 @@ def sample_stage(
     earlier, interrupted starts are kept. A collective.
     """
     began = time.perf_counter()
+    spans = context.spans
+    spans.mark("data")
     heads = [job.head for job in jobs]
     names = list(heads[0]) if heads else []
     done = {identity(iteration, stage, {name: line[name] for name in names}) for line in read_parts(final)}
@@ -85,7 +87,9 @@ def sample_stage(
     sampled = Sampled()
     if todo:
         sampled = sample(context, stage, iteration, policy, todo, params, final, body, len(jobs))
+    spans.mark("wait")
     ranks.barrier()
+    spans.mark("write")
 
     def merge() -> None:
         found = {
@@ -97,6 +101,7 @@ def sample_stage(
             path.unlink()
 
     ranks.on_first(merge)
+    spans.mark("other")
     totals = add_stats(ranks.gather(sampled.stats))
     seconds = time.perf_counter() - began
     context.metrics.event(
@@ -140,7 +145,11 @@ def sample(
 
     On rank 0 it returns when all ranks have finished, so that the bar shows all of them.
     """
+    spans = context.spans
+    spans.mark("load")
     engine, chat = context.engine(policy), context.chat(policy)
+    spans.mark("data")
+    spans.note(model=engine.decoder.config.hf, dtype=str(engine.runner.dtype).removeprefix("torch."))
     draws = Draws(cut_claims(todo, claim_size(len(todo), ranks.world_size())), f"{iteration}/{stage}")
     finished = ranks.Counter(f"{iteration}/{stage}/finished")
     most = first_draw(len(todo), ranks.world_size(), context.recipe.sampler.max_running)
@@ -156,6 +165,7 @@ def sample(
     part = PartFile(final, ranks.rank())
     label, shown = f"iteration {iteration}: {stage}", ranks.is_first()
     # Loading takes the ranks different times; who came first would draw more than its part.
+    spans.mark("wait")
     ranks.barrier()
     try:
         with progress_bar(label, total, "requests", done=total - len(todo), shown=shown) as bar:
@@ -166,13 +176,16 @@ def sample(
 
             while draws.left:
                 for completion in engine.generate(map(request, draws.jobs(most)), params):
+                    spans.mark("write")
                     job = jobs.pop(completion.identity)
                     part.append({**job.head, **body(job, chat.decode(completion.token_ids), completion)})
                     if shown:
                         first_few.offer(job.prompt, completion)
                     show(finished.add(1))
+            spans.mark("check")
             difference = logprob_difference(engine.decoder, first_few.kept)
             # Without a bar to move, the barrier that follows is the better place to wait.
+            spans.mark("wait")
             while shown and (done := finished.add(0)) < len(todo):
                 ranks.check_peers()
                 show(done)

@@ -47,6 +47,7 @@ def seed(context: Context) -> None:
     files, settings = context.run.seed, context.recipe.seed
     if not settings.enabled or is_trained(files):
         return
+    context.spans.mark("data")
     context.release()
     check_batch(settings.batch_examples, ranks.world_size(), "seed.batch_examples")
     ranks.on_first(lambda: write_examples(context))
@@ -58,7 +59,9 @@ def seed(context: Context) -> None:
         batch_pairs=settings.batch_examples,
         learning_rate=settings.learning_rate,
     )
+    context.spans.mark("load")
     decoder = load_sharded(policy, training, ranks.device(), ranks.world_size())
+    context.spans.mark("data")
     data = training_set(context, 0, examples, training)
     run_training(context, 0, "seed", policy, decoder, data, sft_objective(), training)
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,18 +36,24 @@ def train_policy(context: Context, iteration: int) -> None:
     files, settings = context.files(iteration), context.recipe.train
     if is_trained(files):
         return
+    spans = context.spans
+    spans.mark("data")
     context.release()
     check_batch(settings.batch_pairs, ranks.world_size(), "train.batch_pairs")
     policy = context.policy(iteration)
     examples = preference_examples(context, iteration, context.chat(policy), context.max_context(policy))
     data = training_set(context, iteration, examples, settings)
+    spans.mark("load")
     decoder = load_sharded(policy, settings, ranks.device(), ranks.world_size())
     digest = ranks.on_first(lambda: weights_digest(policy))
+    spans.mark("data")
     if not ranks.on_first(files.reference.is_file):
         # Checkpoints from before the reference belong to other pairs: somebody had this iteration's files made anew.
         ranks.on_first(lambda: drop_checkpoints(files.training))
         if uses_reference(settings):
-            write_reference(context, iteration, decoder, data, digest)
+            with spans.stage("reference", iteration):
+                spans.note(**model_facts(decoder, settings))
+                write_reference(context, iteration, decoder, data, digest)
         else:
             # No numbers, but a file all the same: it ties the checkpoints to these pairs and weights.
             write_lines(files.reference, examples, {}, digest)
@@ -72,7 +79,8 @@ def write_reference(
     began = time.perf_counter()
     label = f"iteration {iteration}: reference"
     with progress_bar(label, len(data.examples), "pairs", shown=ranks.is_first()) as bar:
-        found = logprobs_of(decoder, data, ranks.device(), bar.update)
+        found = logprobs_of(decoder, data, ranks.device(), bar.update, context.spans)
+    context.spans.mark("write")
     write_lines(context.files(iteration).reference, data.examples, found, digest)
     context.metrics.event(
         "stage",
@@ -141,6 +149,7 @@ def run_training(
 ) -> None:
     """Train, write the model, drop the checkpoints. Used by this stage and by the seed stage."""
     began = time.perf_counter()
+    context.spans.note(**model_facts(decoder, settings))
     files = context.files(iteration)
     ranks.on_first(lambda: files.training.mkdir(parents=True, exist_ok=True))
     label = "seed: train" if iteration == 0 else f"iteration {iteration}: train"
@@ -156,7 +165,8 @@ def run_training(
             )
             bar.update(step - bar.n)
 
-        train(decoder, data, objective, settings, files.training, ranks.device(), on_step)
+        train(decoder, data, objective, settings, files.training, ranks.device(), on_step, context.spans)
+    context.spans.mark("write")
     write_model(decoder, policy, files.model, context.recipe.save_dtype)
     seconds = time.perf_counter() - began
     context.metrics.event(
@@ -171,6 +181,11 @@ def run_training(
     )
     # The finished model takes their place: they only serve to continue this stage.
     ranks.on_first(lambda: drop_checkpoints(files.training))
+
+
+def model_facts(decoder: Decoder, settings: TrainSettings) -> dict[str, Any]:
+    """What the stage profile needs to know of the model."""
+    return {"model": decoder.config.hf, "dtype": settings.compute_dtype}
 
 
 def is_trained(files: IterationFiles) -> bool:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.flops import Flops, Work, step_flops
+from metareward.phases import UNRECORDED, Phases
 from metareward.training.examples import Example
 from metareward.training.head_weight import head_weight, hold_head
 from metareward.training.objectives import Objective, Sums
@@ -57,6 +58,7 @@ def train_step(
     filler: Example,
     max_grad_norm: float,
     device: torch.device,
+    phases: Phases = UNRECORDED,
 ) -> StepResult:
     """Accumulate the gradient of this rank's micro-batches, check it, clip it, update.
 
@@ -67,6 +69,7 @@ def train_step(
         micro: this rank's micro-batches; an empty one is computed on `filler` with weight 0, because every rank must take part
             in every collective.
         weight: the objective's weight of the whole global batch, over all ranks.
+        phases: is told what time goes to.
 
     Raises:
         TrainingDiverged: before the update, with the identities of the batch.
@@ -77,12 +80,16 @@ def train_step(
     totals: Sums = {}
     totals["tokens"] = totals["unshared_tokens"] = totals["flops"] = totals["recomputed_flops"] = 0.0
     for number, examples in enumerate(micro, start=1):
+        phases.mark("data")
         batch = pack(examples or [filler], device)
+        phases.mark("forward", **work_of(batch, objective.fused_head))
         hold_head(decoder, last=number == len(micro))
         # FSDP averages gradients over ranks; the product undoes that, and the quotient makes the mean over the global batch.
         scale = world_size / weight if examples else 0.0
         loss, figures = objective.loss(batch, hidden_states(decoder, batch), head_weight(decoder), scale)
+        phases.mark("backward")
         loss.backward()
+        phases.mark("data")
         if examples:
             totals["tokens"] += batch.tokens
             totals["unshared_tokens"] += batch.unshared_tokens
@@ -91,6 +98,7 @@ def train_step(
             totals["recomputed_flops"] += work.recomputed
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + value
+    phases.mark("communication")
     norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), max_grad_norm)
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     totals = add_over_ranks(totals)
@@ -102,7 +110,9 @@ def train_step(
             f"nothing was updated and the last checkpoint is good; look at these examples, or start a new run with a lower "
             f"learning rate"
         )
+    phases.mark("optimizer", passes=1)
     optimizer.step()
+    phases.mark("data")
     return StepResult(
         figures,
         grad_norm,

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from metareward.config import TrainSettings
 from metareward.model.data_sheets import no_mfu, peak_flops
 from metareward.model.decoder import Decoder
+from metareward.phases import UNRECORDED, Phases
 from metareward.training.checkpoint import load_checkpoint, save_checkpoint
 from metareward.training.examples import DataOrder, Example, micro_batches
 from metareward.training.head_weight import head_weight
 from metareward.training.objectives import Objective, pair_logprobs
 from metareward.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from metareward.training.packing import pack
+from metareward.training.packing import pack, work_of
 from metareward.training.sharded import reshard
 from metareward.training.step import StepResult, hidden_states, train_step
 
@@ -54,7 +55,11 @@ class TrainingSet:
 
 @torch.no_grad()
 def logprobs_of(
-    decoder: Decoder, data: TrainingSet, device: torch.device, on_examples: Callable[[int], None]
+    decoder: Decoder,
+    data: TrainingSet,
+    device: torch.device,
+    on_examples: Callable[[int], None],
+    phases: Phases = UNRECORDED,
 ) -> dict[str, tuple[float, ...]]:
     """Log-probs of every pair under the decoder as it is: identity -> (chosen, rejected).
 
@@ -64,18 +69,24 @@ def logprobs_of(
     mine: dict[str, tuple[float, ...]] = {}
     for step in range(data.order.steps_per_epoch):
         for examples in data.micro(step):
+            phases.mark("data")
             batch = pack(examples or [data.filler], device)
+            phases.mark("forward", **work_of(batch))
             sums = pair_logprobs(batch, hidden_states(decoder, batch), head_weight(decoder)).tolist()
             place = 0
             for example in examples:
                 mine[example.identity] = tuple(sums[place : place + len(example.completions)])
                 place += len(example.completions)
+        phases.mark("data")
         on_examples(len(data.order.indices(step)))
+        phases.step()
+    phases.mark("wait")
     reshard(decoder)
     everyone: list[dict[str, tuple[float, ...]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found = {identity: values for part in everyone for identity, values in part.items()}
     assert len(found) == len(data.examples), "two examples have one identity"
+    phases.mark("other")
     return found
 
 
@@ -87,16 +98,19 @@ def train(
     checkpoints: Path,
     device: torch.device,
     on_step: OnStep,
+    phases: Phases = UNRECORDED,
 ) -> None:
     """Train `decoder` in place, from the newest checkpoint in `checkpoints` to the last step. A collective."""
     optimizer = build_optimizer(decoder, settings)
     steps = data.order.steps
+    phases.mark("load")
     start = load_checkpoint(checkpoints, decoder, optimizer)
     peak = peak_flops(device, settings.compute_dtype)
     if peak is None and dist.get_rank() == 0:
         logger.info("%s", no_mfu(device, settings.compute_dtype))
     for step in range(start, steps):
         began = time.perf_counter()
+        phases.mark("data")
         rate = learning_rate(step, steps, settings)
         set_learning_rate(optimizer, rate)
         weight = sum(objective.weight(data.examples[index]) for index in data.order.indices(step))
@@ -109,6 +123,7 @@ def train(
             data.filler,
             settings.max_grad_norm,
             device,
+            phases,
         )
         done = step + 1
         seconds = time.perf_counter() - began
@@ -124,8 +139,11 @@ def train(
         }
         # The last step needs no checkpoint: the finished model follows at once.
         if done % settings.checkpoint_steps == 0 and done < steps:
+            phases.mark("checkpoint")
             save_checkpoint(checkpoints, done, decoder, optimizer, settings.keep_checkpoints)
+        phases.mark("write")
         on_step(done, steps, figures)
+        phases.step()
 
 
 def device_rates(result: StepResult, seconds: float, peak: float | None) -> dict[str, float]:
