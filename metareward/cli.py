@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from metareward import commands_profile, phases
 from metareward.config import Recipe
 from metareward.errors import UserError
 
@@ -187,6 +188,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "run": run,
     "stage": stage,
     "summary": summary,
+    "profile": commands_profile.profile,
+    "plan": commands_profile.plan,
     "recipes": recipes,
     "assess": assess,
     "export": export,
@@ -210,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        dispatch(words)
+        with phases.command():
+            dispatch(words)
     except UserError as error:
         fail(str(error))
     except OSError as error:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from metareward.profiling.read import read_run
+
 FILES = ("responses", "judgments", "actor_pairs", "comparisons", "judge_pairs")
 
 
@@ -38,6 +40,15 @@ def test_two_processes_give_the_same_files_and_losses(
     one, two = losses(roots[1]), losses(roots[2])
     assert one.keys() == two.keys()
     assert one == pytest.approx(two, abs=1e-4)
+    alone, together = (read_run(roots[processes]) for processes in (1, 2))
+    assert (alone.ranks, together.ranks) == (1, 2)
+    assert together.outside < 0.1 * together.wall
+    for one_stage, two_stage in zip(alone.stages, together.stages, strict=True):
+        assert one_stage.stage == two_stage.stage
+        assert len(two_stage.phases) == 2
+        for name in ("requests", "prompt_tokens", "new_tokens", "completions"):
+            if one_stage.stage not in ("train", "reference"):  # a rank with nothing to do computes a filler
+                assert one_stage.count(name) == two_stage.count(name), (one_stage.stage, name)
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused(

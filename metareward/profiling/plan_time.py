@@ -1,0 +1,176 @@
+"""From a recipe's work to seconds by stage, memory a GPU and disk; and which assumption moves the total most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from metareward.config import Recipe
+from metareward.model.config import ModelConfig
+from metareward.model.flops import (
+    forward_flops,
+    inference_bytes,
+    inference_flops,
+    kv_token_bytes,
+    optimizer_bytes,
+    parameter_count,
+    read_weights,
+    sampling_bytes,
+    step_flops,
+)
+from metareward.profiling.assumptions import Assumptions, with_values
+from metareward.profiling.figures import ITEMSIZE
+from metareward.profiling.machine import Machine
+from metareward.profiling.plan_lengths import Lengths
+from metareward.profiling.plan_work import StageWork, all_work
+
+GIB = 2**30
+STEP = 0.25
+"""How far an assumption is moved to see what hangs on it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is for: recipe, model, how long its texts are, GPUs (on a CPU: ranks), dtype of sampling, machine."""
+
+    recipe: Recipe
+    config: ModelConfig
+    lengths: Lengths
+    gpus: int
+    dtype: str
+    machine: Machine | None
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage with its parts in seconds of wall time; none without a machine."""
+
+    work: StageWork
+    parts: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def plan(setting: Setting, assumed: Assumptions) -> list[StagePlan]:
+    """Every stage of the recipe."""
+    work = all_work(setting.recipe, setting.lengths, assumed, setting.gpus)
+    return [StagePlan(item, parts_of(item, setting, assumed)) for item in work]
+
+
+def parts_of(work: StageWork, setting: Setting, assumed: Assumptions) -> dict[str, float]:
+    """Seconds by phase of one stage."""
+    if setting.machine is None:
+        return {}
+    train = work.stage in ("seed", "reference", "train")
+    return training_parts(work, setting, assumed) if train else sampling_parts(work, setting, assumed)
+
+
+def sampling_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> dict[str, float]:
+    machine, config, gpus = setting.machine, setting.config, setting.gpus
+    assert machine is not None
+    itemsize = ITEMSIZE[setting.dtype]
+    parts: dict[str, float] = {}
+    for phase, passes, reached in (
+        ("prefill", work.prefill, assumed.prefill_reached),
+        ("decode", work.decode, assumed.decode_reached),
+    ):
+        flops, nbytes = inference_flops(config, passes), inference_bytes(config, passes, itemsize)
+        parts[phase] = max(flops / machine.rate(setting.dtype), nbytes / machine.bandwidth) / gpus / reached
+    drawn = sampling_bytes(config, work.new_tokens) / machine.bandwidth / gpus
+    parts["sample"] = drawn / assumed.sample_reached
+    parts["host"] = assumed.host_step * work.decode.passes / gpus
+    if work.stage == "respond":
+        # The judge and the meta-judge go on with the same weights.
+        parts["load"] = parameter_count(config) * itemsize / assumed.load_rate
+    return parts
+
+
+def training_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> dict[str, float]:
+    machine, config, gpus = setting.machine, setting.config, setting.gpus
+    assert machine is not None
+    count = forward_flops if work.stage == "reference" else step_flops
+    rate = machine.rate(setting.recipe.train.compute_dtype)
+    parameters = parameter_count(config)
+    parts = {"compute": count(config, work.forward).model / rate / gpus / assumed.train_reached}
+    if work.stage == "reference":
+        return parts
+    update = optimizer_bytes(parameters) / machine.bandwidth / gpus
+    parts["optimizer"] = update * work.optimizer_steps / assumed.optimizer_reached
+    checkpoints = max(0, (int(work.optimizer_steps) - 1) // setting.recipe.train.checkpoint_steps)
+    parts["checkpoint"] = 12.0 * parameters * checkpoints / gpus / assumed.load_rate
+    parts["load"] = (4.0 + ITEMSIZE[setting.recipe.save_dtype]) * parameters / assumed.load_rate
+    return parts
+
+
+def total_seconds(plans: list[StagePlan]) -> float:
+    return sum(item.seconds for item in plans)
+
+
+def total_tokens(plans: list[StagePlan]) -> float:
+    """Tokens computed: prompts, next tokens and training."""
+    return sum(item.work.prefill.rows + item.work.new_tokens + item.work.forward.rows for item in plans)
+
+
+def sensitivities(setting: Setting, assumed: Assumptions) -> list[tuple[str, float]]:
+    """(assumption, change of the total as a share when it is a quarter worse or better), the largest first.
+
+    The total is seconds where a machine is known, else tokens computed.
+    """
+    total = total_tokens if setting.machine is None else total_seconds
+    base = total(plan(setting, assumed))
+    found = []
+    for item in fields(Assumptions):
+        value = getattr(assumed, item.name)
+        changes = [
+            total(plan(setting, with_values(assumed, {item.name: value * factor})))
+            for factor in (1 - STEP, 1 + STEP)
+        ]
+        found.append((item.name, max(abs(change - base) for change in changes) / base if base else 0.0))
+    return sorted(found, key=lambda item: -item[1])
+
+
+def sampling_memory(setting: Setting) -> tuple[float, float]:
+    """Bytes a GPU while sampling: (weights, key-value cache of max_running of the longest requests without sharing).
+
+    The cache takes what is free and no more than this; with less, fewer sequences run at once.
+    """
+    itemsize = ITEMSIZE[setting.dtype]
+    recipe, lengths = setting.recipe, setting.lengths
+    response = recipe.respond.max_new_tokens
+    judge = lengths.judge_shared + lengths.instruction + lengths.judge_rest + response
+    longest = max(lengths.prompt + response, judge + recipe.judge.max_new_tokens)
+    if any(item.meta_judge for item in recipe.iteration):
+        meta = lengths.meta_shared + lengths.instruction + lengths.meta_rest + response
+        longest = max(longest, meta + 2 * recipe.judge.max_new_tokens + recipe.meta_judge.max_new_tokens)
+    longest = min(longest, setting.config.max_context)
+    cache = recipe.sampler.max_running * longest * kv_token_bytes(setting.config, itemsize)
+    return float(parameter_count(setting.config)) * itemsize, cache
+
+
+def training_memory(setting: Setting) -> tuple[float, float]:
+    """Bytes a GPU while training: (weights, gradients and two moments in float32, sharded; activations, roughly).
+
+    Activations a token of a block: its input alone with checkpointing, else about 34 times the hidden size and the MLP's
+    three; and the logits of a chunk of 4,096 tokens.
+    """
+    config, settings = setting.config, setting.recipe.train
+    itemsize = ITEMSIZE[settings.compute_dtype]
+    states = 16.0 * parameter_count(config) / setting.gpus
+    kept = config.hidden_size if settings.activation_checkpointing else 0
+    block = 14 * config.hidden_size + 3 * config.intermediate_size
+    tokens = settings.micro_batch_tokens
+    activations = tokens * itemsize * (config.num_layers * (kept or block) + block)
+    gathered = read_weights(config) / config.num_layers * itemsize
+    return states, activations + gathered + min(tokens, 4096) * config.vocab_size * itemsize
+
+
+def disk_bytes(setting: Setting, plans: list[StagePlan]) -> tuple[float, float]:
+    """Bytes of the finished run directory, and of the checkpoints that lie beside it while a stage trains."""
+    recipe = setting.recipe
+    parameters = parameter_count(setting.config)
+    models = (len(recipe.iteration) + recipe.seed.enabled) * parameters * ITEMSIZE[recipe.save_dtype]
+    # A sampled token is about four characters of text and six of its id in JSON; a line has about 150 more.
+    text = sum(10.0 * item.work.new_tokens + 150.0 * item.work.requests for item in plans)
+    keeps = any(item.work.optimizer_steps > recipe.train.checkpoint_steps for item in plans)
+    return models + text, (recipe.train.keep_checkpoints + 1) * 12.0 * parameters if keeps else 0.0

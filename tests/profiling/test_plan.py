@@ -1,0 +1,218 @@
+"""A plan's requests, tokens, seconds and memory against hand arithmetic, and its command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from metareward.config import Iteration, Recipe
+from metareward.errors import UserError
+from metareward.model.config import ModelConfig
+from metareward.model.flops import inference_flops, step_flops
+from metareward.profiling.assumptions import Assumptions, with_values
+from metareward.profiling.machine import Machine, save
+from metareward.profiling.measured import measured_values
+from metareward.profiling.plan_command import make_plan
+from metareward.profiling.plan_lengths import Lengths
+from metareward.profiling.plan_time import (
+    Setting,
+    plan,
+    sampling_memory,
+    sensitivities,
+    total_seconds,
+    training_memory,
+)
+from metareward.profiling.plan_work import StageWork, all_work
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 10,
+        "hidden_size": 4,
+        "intermediate_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+)
+LENGTHS = Lengths(prompt=20, instruction=12, judge_shared=100, judge_rest=8, meta_shared=120, meta_rest=10)
+ASSUMED = Assumptions(
+    response_share=0.5,
+    judgment_share=0.5,
+    comparison_share=0.4,
+    judged_share=0.75,
+    parsed_share=1.0,
+    actor_pair_share=0.5,
+    judge_pair_share=0.4,
+    training_sharing=1.0,
+)
+FAST = Machine("made up", 1, 1e9, 1e9, {"bfloat16": 2e8, "float32": 1e8}, "2.13", "today")
+
+
+def small_recipe(meta_judge: bool = True) -> Recipe:
+    recipe = Recipe(iteration=(Iteration(meta_judge=meta_judge),))
+    return replace(
+        recipe,
+        prompts=replace(recipe.prompts, per_iteration=10),
+        seed=replace(recipe.seed, enabled=False),
+        respond=replace(recipe.respond, samples=4, max_new_tokens=100),
+        judge=replace(recipe.judge, samples=3, max_new_tokens=60),
+        meta_judge=replace(recipe.meta_judge, max_new_tokens=50),
+        sampler=replace(recipe.sampler, max_running=8, max_step_tokens=64),
+        train=replace(recipe.train, compute_dtype="float32", epochs=3, batch_pairs=4),
+    )
+
+
+def work_of(recipe: Recipe, gpus: int = 1) -> dict[str, StageWork]:
+    return {item.stage: item for item in all_work(recipe, LENGTHS, ASSUMED, gpus)}
+
+
+def test_sampling_by_hand() -> None:
+    work = work_of(small_recipe())
+    respond, judge, compare = (work[name] for name in ("respond", "judge", "compare"))
+    assert (respond.requests, respond.prompt_tokens, respond.prefill.rows, respond.new_tokens) == (
+        40,
+        800,
+        200,
+        2000,
+    )
+    # 40 requests in 8 slots: 5 rounds of 50 steps, and the longest of the last runs 50 more.
+    assert respond.decode.passes == 5 * 50 + 50
+    # 30 of 40 responses, 3 judgments each; the rubric once, instructions once a prompt, the rest once a response.
+    assert (judge.requests, judge.prompt_tokens, judge.new_tokens) == (90, 90 * 170, 2700)
+    assert judge.prefill.rows == 100 + 10 * 12 + 30 * (50 + 8)
+    # 3 judgments of one response a prompt: 6 ordered pairs; the first judgment is shared by the two that follow it.
+    assert (compare.requests, compare.prompt_tokens, compare.new_tokens) == (60, 60 * 252, 1200)
+    assert compare.prefill.rows == 120 + 10 * (12 + 50) + 10 * (3 * 30 + 6 * (30 + 10))
+
+
+def test_training_by_hand() -> None:
+    work = work_of(small_recipe())
+    # 5 actor pairs of 20 + 2 x 50 tokens, 4 judge pairs of 70 + 2 x 30 behind a rubric of 100, in 3 batches of 4.
+    train, reference = work["train"], work["reference"]
+    assert (train.requests, train.optimizer_steps, reference.optimizer_steps) == (9, 3 * 3, 0)
+    own, shared = 5 * 120 + 4 * 130, 3 * 100 * 4 / 9
+    assert reference.forward.rows == pytest.approx(own + shared)
+    assert train.forward.rows == pytest.approx(3 * (own + shared))
+    assert train.forward.logit_rows == pytest.approx(3 * (5 * 100 + 4 * 60))
+    half = {
+        item.stage: item
+        for item in all_work(small_recipe(), LENGTHS, replace(ASSUMED, training_sharing=0.5), 1)
+    }
+    assert half["reference"].forward.rows == pytest.approx(own + shared / 2 + 4 * 100 / 2)
+    actor = 20 * 21 / 2 + 2 * (50 * 20 + 50 * 51 / 2)
+    judge = 170 * 171 / 2 + 2 * (30 * 170 + 30 * 31 / 2)
+    assert train.forward.pairs == pytest.approx(3 * (5 * actor + 4 * judge))
+
+
+def test_without_a_meta_judge_nothing_is_compared() -> None:
+    work = work_of(small_recipe(meta_judge=False))
+    assert "compare" not in work
+    assert work["train"].requests == 5
+
+
+def test_all_at_once_takes_as_many_steps_as_the_longest() -> None:
+    recipe = small_recipe()
+    wide = replace(recipe, sampler=replace(recipe.sampler, max_running=64))
+    assert work_of(wide)["respond"].decode.passes == 100
+    # Two GPUs each make that many.
+    assert work_of(wide, gpus=2)["respond"].decode.passes == 200
+
+
+def test_seconds_by_hand() -> None:
+    recipe = small_recipe()
+    setting = Setting(recipe, CONFIG, LENGTHS, 1, "float32", FAST)
+    stages = {item.work.stage: item for item in plan(setting, ASSUMED)}
+    judge, train = stages["judge"], stages["train"]
+    assert judge.parts["prefill"] == pytest.approx(inference_flops(CONFIG, judge.work.prefill) / 1e8 / 0.5)
+    assert judge.parts["host"] == pytest.approx(0.002 * judge.work.decode.passes)
+    assert judge.parts["sample"] == pytest.approx(4 * 10 * 2700 / 1e9 / 0.3)
+    assert train.parts["compute"] == pytest.approx(step_flops(CONFIG, train.work.forward).model / 1e8 / 0.4)
+    assert train.parts["optimizer"] == pytest.approx(28 * 340 * 9 / 1e9 / 0.5)
+    assert stages["reference"].parts["compute"] == pytest.approx(train.parts["compute"] / 3 / 3)
+    # Twice the GPUs, half the computing.
+    double = {item.work.stage: item for item in plan(replace(setting, gpus=2), ASSUMED)}
+    assert double["judge"].parts["prefill"] == pytest.approx(judge.parts["prefill"] / 2, rel=0.02)
+    assert plan(replace(setting, machine=None), ASSUMED)[0].parts == {}
+
+
+def test_what_dominates_is_found() -> None:
+    slow_host = replace(ASSUMED, host_step=10.0)
+    setting = Setting(small_recipe(), CONFIG, LENGTHS, 1, "float32", FAST)
+    name, change = sensitivities(setting, slow_host)[0]
+    assert name == "host_step"
+    assert change == pytest.approx(0.25, abs=0.01)
+    base = total_seconds(plan(setting, slow_host))
+    assert total_seconds(plan(setting, replace(slow_host, host_step=12.5))) / base - 1 == pytest.approx(
+        change
+    )
+    # Without a machine it is the tokens that are ranked, on which no rate has a bearing.
+    ranked = dict(sensitivities(replace(setting, machine=None), ASSUMED))
+    assert ranked["train_reached"] == 0.0
+    assert ranked["response_share"] > 0.05
+
+
+def test_memory_by_hand() -> None:
+    recipe = small_recipe()
+    setting = Setting(recipe, CONFIG, LENGTHS, 1, "float32", None)
+    weights, cache = sampling_memory(setting)
+    assert weights == 340 * 4
+    # The longest request is cut at the context of 64 tokens; a token has 2 layers x 1 head x 2 x (key and value) x 4 bytes.
+    assert cache == 8 * 64 * 2 * 2 * 1 * 2 * 4
+    assert training_memory(setting)[0] == 16 * 340
+    assert training_memory(replace(setting, gpus=4))[0] == 4 * 340
+
+
+def test_measured_values_replace_assumptions_up_to_one() -> None:
+    assert with_values(ASSUMED, {"train_reached": 1.7, "host_step": 3.0}).train_reached == 1.0
+    assert with_values(ASSUMED, {"host_step": 3.0}).host_step == 3.0
+
+
+def test_a_run_tells_its_lengths_and_rates(run: Path, machine: Machine) -> None:
+    values = measured_values(run, machine)
+    # 820 tokens in 40 completions of at most 512.
+    assert values["judgment_share"] == pytest.approx(820 / 40 / 512)
+    assert set(values) >= {
+        "prefill_reached",
+        "decode_reached",
+        "sample_reached",
+        "train_reached",
+        "host_step",
+    }
+    assert "decode_reached" not in measured_values(run, None)
+
+
+def test_the_plan_of_a_recipe(tiny_world: Path, tmp_path: Path, run: Path) -> None:
+    path = tmp_path / "machine.json"
+    save(replace(FAST, reached={str(tiny_world / "model"): {"train": 0.125, "load": 3.0}}), path)
+    recipe = str(tiny_world / "recipe.toml")
+    setting, plans, assumed, origins = make_plan(recipe, str(path), None, None, 1, Assumptions())
+    assert [item.work.stage for item in plans][:5] == ["seed", "respond", "judge", "compare", "reference"]
+    # 72 labels balanced, 48 comparisons; 6 prompts of 4 responses.
+    assert plans[0].work.requests == 72 + 48
+    assert plans[1].work.requests == 24
+    assert 5 < setting.lengths.prompt < 30
+    assert setting.lengths.judge_shared > 0
+    assert assumed.train_reached == 0.125
+    assert origins == {"train_reached": "measured here"}
+    given = replace(Assumptions(), train_reached=0.25, host_step=0.5)
+    _, _, assumed, origins = make_plan(recipe, str(path), run, None, 1, given)
+    assert assumed.train_reached == 0.25
+    assert (origins["train_reached"], origins["judgment_share"]) == ("given", "measured in run")
+
+
+def test_mistakes_are_answered(tiny_world: Path, tmp_path: Path) -> None:
+    recipe = str(tiny_world / "recipe.toml")
+    with pytest.raises(UserError, match="--gpus 0"):
+        make_plan(recipe, "", None, None, 0, Assumptions())
+    with pytest.raises(UserError, match=r"--assume.judged-share 1.5 is out of range"):
+        make_plan(recipe, "", None, None, 1, Assumptions(judged_share=1.5))
+    with pytest.raises(UserError, match="downloads nothing"):
+        make_plan("llama3-8b.toml", "", None, None, 1, Assumptions())
+    with pytest.raises(UserError, match="neither a file nor the exact name"):
+        make_plan(recipe, "abacus", None, None, 1, Assumptions())
+    with pytest.raises(UserError, match="has no spans"):
+        make_plan(recipe, "H100 80GB HBM3", tmp_path, None, 1, Assumptions())
