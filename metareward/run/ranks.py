@@ -68,6 +68,16 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
+def with_ranks(work: Callable[[], None]) -> None:
+    """Do `work` inside the process group of torchrun, or of this process alone."""
+    start_ranks()
+    try:
+        with naming_lost_ranks():
+            work()
+    finally:
+        stop_ranks()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
