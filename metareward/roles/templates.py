@@ -21,12 +21,13 @@ from typing import Literal
 
 from metareward.errors import UserError
 
-Role = Literal["judge", "meta_judge"]
+Role = Literal["judge", "meta_judge", "response_judge"]
 Message = dict[str, str]
 
 PLACEHOLDERS: Mapping[str, frozenset[str]] = {
     "judge": frozenset({"instruction", "response"}),
     "meta_judge": frozenset({"instruction", "response", "judgment_a", "judgment_b"}),
+    "response_judge": frozenset({"instruction", "response_a", "response_b"}),
 }
 
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -40,7 +41,8 @@ def load_template(role: Role, path: Path | None = None) -> str:
     """The template of a role: the packaged one, or the user's file.
 
     Args:
-        role: "judge" (placeholders instruction, response) or "meta_judge" (those, judgment_a and judgment_b).
+        role: "judge" (placeholders instruction, response), "meta_judge" (those, judgment_a and judgment_b) or "response_judge"
+            (instruction, response_a and response_b).
         path: a UTF-8 text file; None takes the packaged template.
 
     Returns:
