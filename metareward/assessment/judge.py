@@ -1,180 +1,155 @@
-"""`metareward assess judge`: judgments of labelled responses, held against the labels."""
+"""`metareward assess judge`: a model's judgments held against people, for one model or for all that a run made."""
 
 from __future__ import annotations
 
-import json as json_library
+import json
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from metareward.assessment.agreement import agreement, length_dependence
-from metareward.assessment.expected_score import expected_scores, score_cue, score_place
-from metareward.config import SamplerSettings
+from metareward.assessment.comparison_bias import comparison_bias
+from metareward.assessment.judge_data import JudgeData
+from metareward.assessment.judge_table import show
+from metareward.assessment.judging import (
+    JudgedResponse,
+    JudgeOptions,
+    compare_judgments,
+    draw_pairs,
+    judge_responses,
+    mean,
+)
+from metareward.assessment.models import LoadedModel, Subject, free_memory_of_models, load, only_one_process
+from metareward.assessment.preference_accuracy import preference_accuracy
 from metareward.errors import UserError
-from metareward.model.chat import Chat
 from metareward.model.hf_files import weights_digest
-from metareward.model.locate import locate_model
 from metareward.preference.bias import score_entropy
 from metareward.preference.caps import score_class
-from metareward.roles.judge import judge_messages, parse_score
-from metareward.roles.templates import load_template
-from metareward.run import ranks
-from metareward.run.inputs import read_quality
 from metareward.run.jsonl import check_writable, write_text
-from metareward.run.progress import progress_bar
-from metareward.sampler.engine import Engine
-from metareward.sampler.request import Completion, Request, SamplingParams
-from metareward.stages.context import load_engine
 
-Prompts = list[tuple[int, ...]]
+Figures = dict[str, Any]
+MEANS = {
+    "sampled": lambda item: item.sampled_mean,
+    "expected": lambda item: item.expected_mean,
+}
 
 
 def assess(
-    model: str, data: Path, samples: int, limit: int, max_new_tokens: int, seed: int, out: Path | None
-) -> dict[str, Any]:
-    """Judge every labelled response `samples` times and report agreement with the labels; see the command's help.
+    subjects: list[Subject], data: JudgeData, options: JudgeOptions, out: Path | None, about: Figures
+) -> Figures:
+    """Assess every subject in turn on the same data with the same random numbers; print a table with a column each.
 
-    On one process. Prints a table, writes `out` as JSON where it is given, and returns the same figures.
+    Args:
+        subjects: loaded one after the other.
+        data: labels, preferences or both.
+        options: how to sample.
+        out: also written as JSON, anew after every model, so that a late failure leaves what was found.
+        about: where the data came from, put before the figures.
+
+    Returns:
+        {**about, the options, "models": [figures of each]}; an estimate is {"value", "interval": {"low", "high", "confidence"}}.
+
+    Raises:
+        UserError: more than one process, or no judge prompt fits a model's context.
     """
-    began = time.perf_counter()
-    if samples < 1 or max_new_tokens < 1 or limit < 0:
-        raise UserError(
-            f"--samples {samples} --max-new-tokens {max_new_tokens} --limit {limit}: give at least 1 sample and 1 token, and "
-            f"a limit of 0 (all) or more"
-        )
-    if ranks.world_size() > 1:
-        raise UserError("metareward assess runs on one process: start it without torchrun")
+    only_one_process()
     if out is not None:
         check_writable(out)
-    labelled = read_quality(str(data))[: limit or None]
-    folder = ranks.on_first(lambda: locate_model(model))
-    chat = Chat.load(folder)
-    engine = load_engine(folder, chat, SamplerSettings(), seed)
-    template = load_template("judge")
-    room = engine.decoder.config.max_context - max_new_tokens
-    prompts: Prompts = []
-    for item in labelled:
-        prompts.append(tuple(chat.render(judge_messages(template, item.prompt, item.response))))
-    fitting = [index for index, prompt in enumerate(prompts) if len(prompt) <= room]
-    if not fitting:
-        raise UserError(
-            f"no judge prompt of {data} fits the model's context of {engine.decoder.config.max_context} tokens beside "
-            f"--max-new-tokens {max_new_tokens}: lower it, or give shorter responses"
-        )
-    judgments = sample_judgments(engine, prompts, fitting, samples, max_new_tokens)
-    texts = {index: [chat.decode(item.token_ids) for item in found] for index, found in judgments.items()}
-    scores = {index: [parse_score(text) for text in found] for index, found in texts.items()}
-    expected = expect(engine, chat, prompts, judgments, texts)
-    sampled_means = [
-        mean([score for score in scores.get(index, []) if score is not None])
-        for index in range(len(labelled))
-    ]
-    expected_means = [mean(expected.get(index, [])) for index in range(len(labelled))]
-    ids, labels = [item.prompt_id for item in labelled], [item.quality for item in labelled]
-    readable = [score for found in scores.values() for score in found if score is not None]
-    histogram = Counter(score_class(score) for score in readable)
-    figures: dict[str, Any] = {
-        "model": str(folder),
-        "weights": weights_digest(folder),
-        "data": str(data),
-        "responses": len(labelled),
-        "left_out_too_long": len(labelled) - len(fitting),
-        "judgments": samples * len(fitting),
-        "samples": samples,
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "seed": seed,
-        "parse_rate": len(readable) / max(1, samples * len(fitting)),
-        "finished_rate": mean([float(item.finished) for found in judgments.values() for item in found]),
-        "sampled": asdict(agreement(ids, labels, sampled_means)),
-        "expected": asdict(agreement(ids, labels, expected_means)),
-        "length": asdict(
-            length_dependence([len(item.response) for item in labelled], labels, expected_means)
-        ),
-        "score_histogram": {str(score): histogram.get(score, 0) for score in range(6)},
-        "score_entropy": score_entropy({float(score): count for score, count in histogram.items()}),
-        "seconds": time.perf_counter() - began,
+    found: Figures = {
+        **about,
+        "responses": len(data.judged()),
+        "preference_pairs": len(data.preferences),
+        "samples": options.samples,
+        "seed": options.seed,
+        "judging": asdict(options.judging),
+        "comparing": asdict(options.comparing),
+        "hide_scores": options.hide_scores,
+        "resampling": asdict(options.resampling),
+        "models": [],
     }
-    show(figures)
-    if out is not None:
-        write_text(out, json_library.dumps(figures, indent=2) + "\n")
-    return figures
-
-
-def sample_judgments(
-    engine: Engine, prompts: Prompts, fitting: list[int], samples: int, max_new_tokens: int
-) -> dict[int, list[Completion]]:
-    """Index of the response -> its judgments, in the order of their samples."""
-    names = {f"assess/{index}/{sample}": (index, sample) for index in fitting for sample in range(samples)}
-    requests = (Request(name, prompts[index]) for name, (index, _) in names.items())
-    found: dict[int, dict[int, Completion]] = {index: {} for index in fitting}
-    with progress_bar("judge", len(names), "judgments") as bar:
-        for completion in engine.generate(requests, SamplingParams(max_new_tokens=max_new_tokens)):
-            index, sample = names[completion.identity]
-            found[index][sample] = completion
-            bar.update()
-    return {index: [by_sample[sample] for sample in sorted(by_sample)] for index, by_sample in found.items()}
-
-
-def expect(
-    engine: Engine,
-    chat: Chat,
-    prompts: Prompts,
-    judgments: dict[int, list[Completion]],
-    texts: dict[int, list[str]],
-) -> dict[int, list[float]]:
-    """Index of the response -> the expected score of each of its judgments."""
-    found: dict[int, list[float]] = {}
-    cue = score_cue(chat)
-    with progress_bar("expected score", len(judgments), "responses") as bar:
-        for index, completions in judgments.items():
-            places = [
-                score_place(chat, cue, text, completion.token_ids)
-                for text, completion in zip(texts[index], completions, strict=True)
-            ]
-            found[index] = expected_scores(engine.decoder, prompts[index], places, ranks.device())
-            bar.update()
+    for subject in subjects:
+        model = load(subject, options.seed)
+        found["models"].append(figures_of(model, data, options))
+        del model
+        free_memory_of_models()
+        if out is not None:
+            write_text(out, json.dumps(found, indent=2) + "\n")
+    show(found)
     return found
 
 
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def figures_of(model: LoadedModel, data: JudgeData, options: JudgeOptions) -> Figures:
+    """All figures of one model."""
+    began = time.perf_counter()
+    judged = judge_responses(model, data.judged(), options)
+    fitting = [item for item in judged if item.judgments is not None]
+    if not fitting:
+        raise UserError(
+            f"no judge prompt fits the context of {model.subject.name}, {model.max_context} tokens, beside "
+            f"--max-new-tokens {options.judging.max_new_tokens}: lower it, or give shorter responses"
+        )
+    judgments = [one for item in fitting for one in item.judgments or []]
+    scores = [one.score for one in judgments if one.score is not None]
+    histogram = Counter(score_class(score) for score in scores)
+    figures: Figures = {
+        "name": model.subject.name,
+        "model": str(model.subject.folder),
+        "weights": weights_digest(model.subject.folder),
+        "left_out_too_long": len(judged) - len(fitting),
+        "judgments": len(judgments),
+        "parse_rate": len(scores) / len(judgments),
+        "finished_rate": mean([float(one.finished) for one in judgments]),
+        "score_mean": mean(scores),
+        "score_histogram": {str(score): histogram.get(score, 0) for score in range(6)},
+        "score_entropy": score_entropy({float(score): count for score, count in histogram.items()}),
+        "labels": label_figures(judged, data, options) if data.labelled else None,
+        "preferences": preference_figures(judged, data, options) if data.preferences else None,
+        "meta_judge": meta_judge_figures(model, judged, options) if options.comparisons else None,
+    }
+    return {**figures, "seconds": time.perf_counter() - began}
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Print the figures as a table."""
-    table = Table(
-        title=f"Judge against people: {figures['responses']} responses, {figures['samples']} judgments each"
-    )
-    table.add_column("figure")
-    table.add_column("sampled", justify="right")
-    table.add_column("expected", justify="right")
-    sampled, expected = figures["sampled"], figures["expected"]
-    for name, label in (
-        ("scored", "responses with a score"),
-        ("spearman", "Spearman"),
-        ("pairwise", "pairwise agreement"),
-    ):
-        table.add_row(label, *(format_figure(side[name]) for side in (sampled, expected)))
-    table.add_row("readable judgments", f"{figures['parse_rate']:.1%}", "")
-    if figures["left_out_too_long"]:
-        table.add_row("left out as too long", str(figures["left_out_too_long"]), "")
-    for name, label in (
-        ("label", "Spearman of length with labels"),
-        ("score", "Spearman of length with scores"),
-        ("partial", "Spearman with labels, length taken out"),
-    ):
-        table.add_row(label, "", format_figure(figures["length"][name]))
-    table.add_row(
-        "score histogram 0..5", " ".join(str(count) for count in figures["score_histogram"].values()), ""
-    )
-    Console(width=110).print(table)
+def label_figures(judged: list[JudgedResponse], data: JudgeData, options: JudgeOptions) -> Figures:
+    """Agreement with people's labels and dependence on length, by sampled and by expected scores."""
+    rows = judged[: len(data.labelled)]
+    ids = [item.prompt_id for item in data.labelled]
+    labels = [item.quality for item in data.labelled]
+    lengths = [len(item.response) for item in data.labelled]
+    found: Figures = {}
+    for kind, score_of in MEANS.items():
+        scores = [score_of(item) for item in rows]
+        found[kind] = {
+            **asdict(agreement(ids, labels, scores, options.resampling)),
+            "length": asdict(length_dependence(ids, lengths, labels, scores, options.resampling)),
+        }
+    return found
 
 
-def format_figure(value: float | int | None) -> str:
-    return "none" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+def preference_figures(judged: list[JudgedResponse], data: JudgeData, options: JudgeOptions) -> Figures:
+    """Accuracy on pairwise preferences, by sampled and by expected scores."""
+    rows = judged[len(data.labelled) :]
+    ids = [pair.prompt_id for pair in data.preferences]
+    return {
+        kind: asdict(
+            preference_accuracy(
+                ids,
+                [score_of(item) for item in rows[0::2]],
+                [score_of(item) for item in rows[1::2]],
+                options.resampling,
+            )
+        )
+        for kind, score_of in MEANS.items()
+    }
+
+
+def meta_judge_figures(model: LoadedModel, judged: list[JudgedResponse], options: JudgeOptions) -> Figures:
+    """Biases of the model as meta-judge of its own judgments; fewer pairs than asked for where there are no more."""
+    pairs = draw_pairs(judged, options.comparisons, options.seed)
+    comparisons, too_long = compare_judgments(model, pairs, options)
+    return {
+        "pairs": len(pairs),
+        "left_out_too_long": too_long,
+        **asdict(comparison_bias(comparisons, options.resampling)),
+    }

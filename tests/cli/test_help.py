@@ -22,7 +22,7 @@ from metareward.cli import GROUPS
         (("stage",), ("one stage of an existing run directory", "actor_pairs", "--iteration")),
         (("summary",), ("tables of a run",)),
         (("recipes",), ("packaged recipes",)),
-        (("assess",), ("hold a model against people", "judge")),
+        (("assess",), ("judgments against people", "judge")),
         (("assess", "judge"), ("Spearman", "expected score", "--data", "--samples")),
         (("export",), ("pairs",)),
         (("export", "pairs"), ("DPOTrainer", "--format", "--out")),

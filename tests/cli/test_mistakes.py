@@ -209,7 +209,7 @@ def test_output_that_cannot_be_written(metareward, made_run: Path, tmp_path: Pat
     data.write_text('{"prompt": "x", "response": "y", "quality": 1}\n')
     words = ("assess", "judge", "--model", "unused", "--data", data)
     assert f"cannot write {out}" in metareward(*words, "--json", out).sentence
-    assert "at least 1 sample" in metareward(*words, "--samples", "0").sentence
+    assert "give 1 judgment a response or more" in metareward(*words, "--samples", "0").sentence
     assert "either a GGUF file or --packaged" in metareward("import", "gguf", "--out", out).sentence
 
 
