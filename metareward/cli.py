@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from metareward import commands_profile, phases
-from metareward.commands_assess import assess, assess_judge
+from metareward.commands_assess import assess, assess_annotations, assess_judge, assess_responses
 from metareward.commands_files import export, export_pairs, import_, import_gguf
 from metareward.config import Recipe
 from metareward.errors import UserError
@@ -117,7 +117,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "import": import_,
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "assess": {"judge": assess_judge},
+    "assess": {"judge": assess_judge, "responses": assess_responses, "annotations": assess_annotations},
     "export": {"pairs": export_pairs},
     "import": {"gguf": import_gguf},
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import tyro
+
 from metareward.errors import UserError
 
 
 def assess() -> None:
-    """`judge`: hold a model's judgments against people."""
+    """`judge`: hold a model's judgments against people; `responses`: win rate over another model; `annotations`: AlpacaEval's."""
 
 
 def assess_judge(
@@ -87,6 +89,112 @@ def assess_judge(
     with_ranks(work)
 
 
+def assess_responses(
+    *,
+    model: str | None = None,
+    run_dir: Path | None = None,
+    baseline: str,
+    judge: str,
+    prompts: Path,
+    limit: int = 0,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    max_new_tokens: int = 512,
+    judge_max_new_tokens: int = 256,
+    judge_template: Path | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    json: Path | None = None,
+    annotations: Path | None = None,
+) -> None:
+    """Win rate of a model over a baseline on a prompt set, judged by a model of your choice in both orders.
+
+    Each model answers every prompt once. The judge compares the two responses twice, with the positions exchanged, at temperature
+    0: a win in both orders counts 1, a loss in both 0, a verdict that changes with the order 1/2; a prompt with an unreadable
+    verdict is left out and counted. Reports the win rate, AlpacaEval 2's length-controlled win rate, intervals from resampling
+    prompts, and lengths. It needs scikit-learn: pip install metareward[assess].
+
+    Args:
+        model: A model directory or hub id.
+        run_dir: Instead of --model: a run, whose seed and iterations are compared alike, a column each.
+        baseline: The model to compare with: a directory or hub id.
+        judge: The model that compares: a directory or hub id.
+        prompts: JSONL of {prompt}; with a number "difficulty" on every line, it enters the length-controlled win rate.
+        limit: Use only the first so many prompts; 0 for all.
+        temperature: Of the responses; 0 is greedy.
+        top_p: Of the responses.
+        max_new_tokens: Limit of a response.
+        judge_max_new_tokens: Limit of a verdict with its reasons.
+        judge_template: Another prompt; it needs {instruction}, {response_a} and {response_b}.
+        resamples: Draws of prompts for the intervals; 0 for no intervals.
+        seed: Of the sampling and the resampling.
+        json: Also write the figures to this file.
+        annotations: Also write every comparison to this file, in the form of AlpacaEval's annotations.json.
+    """
+    from metareward.assessment.compare_responses import ResponseOptions
+    from metareward.assessment.compare_responses import assess as compare
+    from metareward.assessment.interval import Resampling
+    from metareward.assessment.models import named_subject, run_subjects
+    from metareward.assessment.prompt_set import read_prompt_set
+    from metareward.roles.templates import load_template
+    from metareward.run.ranks import with_ranks
+    from metareward.sampler.request import SamplingParams
+
+    one_of(model, run_dir)
+    not_negative(limit=limit, resamples=resamples)
+
+    def work() -> None:
+        items, difficulty = read_prompt_set(prompts, limit)
+        options = ResponseOptions(
+            SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens),
+            SamplingParams(temperature=0.0, max_new_tokens=judge_max_new_tokens),
+            load_template("response_judge", judge_template),
+            seed,
+            Resampling(resamples, seed=seed),
+            difficulty,
+        )
+        subjects = run_subjects(run_dir)[0] if run_dir is not None else [named_subject(str(model))]
+        compare(subjects, named_subject(baseline), named_subject(judge), items, options, json, annotations)
+
+    with_ranks(work)
+
+
+def assess_annotations(
+    file: tyro.conf.Positional[Path],
+    *,
+    difficulty: Path | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Win rate and length-controlled win rate of every model in AlpacaEval's annotations.json, with intervals.
+
+    The figure is close to AlpacaEval's own, not equal to it: docs/assessment.md says where they differ. It needs scikit-learn: pip
+    install metareward[assess].
+
+    Args:
+        file: What alpaca_eval, or `metareward assess responses --annotations`, wrote.
+        difficulty: CSV of index and difficulty with a header, such as AlpacaEval's instruction_difficulty.csv.
+        resamples: Draws of prompts for the intervals; 0 for no intervals.
+        seed: Of the resampling.
+        json: Also write the figures to this file.
+    """
+    from metareward.assessment.annotations import assess_file
+    from metareward.assessment.interval import Resampling
+    from metareward.run.jsonl import check_writable
+
+    not_negative(resamples=resamples)
+    if json is not None:
+        check_writable(json)
+    assess_file(file, difficulty, Resampling(resamples, seed=seed), json)
+
+
 def one_of(model: str | None, run_dir: Path | None) -> None:
     if (model is None) == (run_dir is None):
         raise UserError("give either --model, a model directory or hub id, or --run-dir, a run")
+
+
+def not_negative(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 0:
+            raise UserError(f"--{name} is {number}: give 0 or a positive number")
