@@ -18,7 +18,7 @@ import tyro
 
 from metareward import commands_profile, phases
 from metareward.commands_assess import assess, assess_annotations, assess_judge, assess_responses
-from metareward.commands_files import export, export_pairs, import_, import_gguf
+from metareward.commands_files import export, export_answers, export_pairs, import_, import_gguf
 from metareward.config import Recipe
 from metareward.errors import UserError
 
@@ -118,7 +118,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
     "assess": {"judge": assess_judge, "responses": assess_responses, "annotations": assess_annotations},
-    "export": {"pairs": export_pairs},
+    "export": {"pairs": export_pairs, "answers": export_answers},
     "import": {"gguf": import_gguf},
 }
 DESCRIPTION = (

@@ -66,7 +66,9 @@ def run_subjects(root: Path) -> tuple[list[Subject], Recipe]:
 def only_one_process() -> None:
     """Raises UserError under torchrun with more than one process."""
     if ranks.world_size() > 1:
-        raise UserError("metareward assess runs on one process: start it without torchrun")
+        raise UserError(
+            "metareward assess and export answers run on one process: start them without torchrun"
+        )
 
 
 @dataclass(frozen=True)
