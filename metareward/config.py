@@ -197,6 +197,9 @@ class TrainSettings:
     """Optimizer steps between two checkpoints. (ours)"""
     keep_checkpoints: Count = 2
     """The newest ones kept while a stage trains. (ours)"""
+    async_checkpoints: bool = True
+    """Train on while a checkpoint is written. Takes a copy of the weights and the optimizer state in main memory, 12 bytes a
+    parameter over all ranks. (ours)"""
 
 
 @dataclass(frozen=True)
@@ -287,4 +290,5 @@ EXECUTION_SETTINGS = (
     "train.activation_checkpointing",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
+    "train.async_checkpoints",
 )

@@ -1,11 +1,12 @@
-"""Checkpoints of a training stage: torch.distributed.checkpoint, under a temporary name until every rank has written.
+"""What a checkpoint of a training stage holds, where it lies, and how it is read.
 
-`training/step-000120` is complete by its name. What a kill leaves under `*.tmp` is deleted at the next start.
+`training/step-000120` is complete by its name; checkpoint_writer.py sees to that. What a kill leaves under `*.tmp` is deleted at
+the next start. It holds weights, optimizer state and the step. The step is the cursor: the order of the data and the learning
+rate are pure functions of it, and training draws no random numbers, so there is no generator to keep.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,31 +28,10 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.suffix != ".tmp")
 
 
-def save_checkpoint(
-    folder: Path, step: int, decoder: Decoder, optimizer: torch.optim.Optimizer, keep: int
-) -> None:
-    """Write the state after `step` optimizer steps and drop all but the newest `keep`. A collective."""
-    final = folder / f"{PREFIX}{step:06d}"
-    temporary = final.with_name(final.name + ".tmp")
+def state_of(decoder: Decoder, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """The state after `step` optimizer steps, under names that do not depend on the number of ranks. No copies."""
     model_state, optimizer_state = get_state_dict(decoder, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(step)}
-    try:
-        dcp.save(state, checkpoint_id=str(temporary))
-    except (CheckpointException, OSError) as error:
-        cause = first_cause(error)
-        # torch's writer hides the errno, so a full disk is told by what is left.
-        free = shutil.disk_usage(folder).free // 2**20
-        raise UserError(
-            f"the checkpoint {final} cannot be written ({first_line(cause)}; {free} MB are free): make room on that disk and "
-            f"run the same command again, it goes on from the checkpoint before"
-        ) from error
-    dist.barrier()
-    if dist.get_rank() == 0:
-        os.replace(temporary, final)
-        for old in checkpoint_folders(folder)[:-keep]:
-            # Renamed first: half deleted, it must not look complete.
-            shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
-    dist.barrier()
+    return {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(step)}
 
 
 def load_checkpoint(folder: Path, decoder: Decoder, optimizer: torch.optim.Optimizer) -> int:
@@ -67,8 +47,7 @@ def load_checkpoint(folder: Path, decoder: Decoder, optimizer: torch.optim.Optim
     found = checkpoint_folders(folder)
     if not found:
         return 0
-    model_state, optimizer_state = get_state_dict(decoder, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(0)}
+    state = state_of(decoder, optimizer, 0)
     try:
         dcp.load(state, checkpoint_id=str(found[-1]))
     # torch's own exception is no Exception.

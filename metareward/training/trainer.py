@@ -15,7 +15,8 @@ from metareward.config import TrainSettings
 from metareward.model.data_sheets import no_mfu, peak_flops
 from metareward.model.decoder import Decoder
 from metareward.phases import UNRECORDED, Phases
-from metareward.training.checkpoint import load_checkpoint, save_checkpoint
+from metareward.training.checkpoint import load_checkpoint
+from metareward.training.checkpoint_writer import CheckpointWriter
 from metareward.training.examples import DataOrder, Example, micro_batches
 from metareward.training.head_weight import head_weight
 from metareward.training.objectives import Objective, pair_logprobs
@@ -102,9 +103,27 @@ def train(
 ) -> None:
     """Train `decoder` in place, from the newest checkpoint in `checkpoints` to the last step. A collective."""
     optimizer = build_optimizer(decoder, settings)
-    steps = data.order.steps
     phases.mark("load")
     start = load_checkpoint(checkpoints, decoder, optimizer)
+    with CheckpointWriter(checkpoints, settings.keep_checkpoints, settings.async_checkpoints) as writer:
+        train_from(start, decoder, optimizer, data, objective, settings, writer, device, on_step, phases)
+        phases.mark("checkpoint")
+
+
+def train_from(
+    start: int,
+    decoder: Decoder,
+    optimizer: torch.optim.Optimizer,
+    data: TrainingSet,
+    objective: Objective,
+    settings: TrainSettings,
+    writer: CheckpointWriter,
+    device: torch.device,
+    on_step: OnStep,
+    phases: Phases,
+) -> None:
+    """Optimizer steps `start` (from 0) to the last."""
+    steps = data.order.steps
     peak = peak_flops(device, settings.compute_dtype)
     if peak is None and dist.get_rank() == 0:
         logger.info("%s", no_mfu(device, settings.compute_dtype))
@@ -140,7 +159,7 @@ def train(
         # The last step needs no checkpoint: the finished model follows at once.
         if done % settings.checkpoint_steps == 0 and done < steps:
             phases.mark("checkpoint")
-            save_checkpoint(checkpoints, done, decoder, optimizer, settings.keep_checkpoints)
+            writer.save(done, decoder, optimizer)
         phases.mark("write")
         on_step(done, steps, figures)
         phases.step()

@@ -275,7 +275,8 @@ def test_a_full_disk_in_the_midst_of_a_stage(metareward, recipe: Recipe, small_d
 def test_a_full_disk_while_a_model_or_checkpoint_is_written(tiny_world: Path, small_disk: Path) -> None:
     from metareward.model.hf_files import iterate_tensors, read_config, save_model
     from metareward.run import ranks
-    from metareward.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+    from metareward.training.checkpoint import checkpoint_folders, load_checkpoint
+    from metareward.training.checkpoint_writer import save_checkpoint
     from metareward.training.optimizer import build_optimizer
     from metareward.training.sharded import load_sharded
 
@@ -308,7 +309,8 @@ def test_a_full_disk_while_a_model_or_checkpoint_is_written(tiny_world: Path, sm
 
 def test_an_unreadable_checkpoint_is_named(tiny_world: Path, tmp_path: Path) -> None:
     from metareward.run import ranks
-    from metareward.training.checkpoint import load_checkpoint, save_checkpoint
+    from metareward.training.checkpoint import load_checkpoint
+    from metareward.training.checkpoint_writer import save_checkpoint
     from metareward.training.optimizer import build_optimizer
     from metareward.training.sharded import load_sharded
 

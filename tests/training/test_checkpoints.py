@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from metareward.config import TrainSettings
-from metareward.training import checkpoint
-from metareward.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
+from metareward.training import checkpoint_writer
+from metareward.training.checkpoint import checkpoint_folders, load_checkpoint
+from metareward.training.checkpoint_writer import save_checkpoint
 from metareward.training.examples import Example
 from metareward.training.optimizer import build_optimizer
 from metareward.training.sharded import load_sharded
@@ -128,7 +130,7 @@ def test_kill_while_an_old_checkpoint_is_deleted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", half)
+        patch.setattr(checkpoint_writer.shutil, "rmtree", half)
         with pytest.raises(KeyboardInterrupt):
             worker.run(job)
     assert [folder.name for folder in checkpoint_folders(job.checkpoints)] == ["step-000004"]
@@ -188,7 +190,13 @@ def test_only_checkpoint_damaged(job: Any, worker: ModuleType) -> None:
     assert worker.run(job).error.endswith("): delete that folder and run again")
 
 
-def test_failed_save_is_told(job: Any, worker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("beside", "steps"), [(False, [1]), (True, [1, 2, 3])])
+def test_failed_save_is_told(
+    job: Any, worker: ModuleType, monkeypatch: pytest.MonkeyPatch, beside: bool, steps: list[int]
+) -> None:
+    """At once, or by the next save where training went on meanwhile."""
+    job.settings = replace(job.settings, async_checkpoints=beside)
+
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -197,12 +205,76 @@ def test_failed_save_is_told(job: Any, worker: ModuleType, monkeypatch: pytest.M
     assert outcome.error.startswith(
         f"UserError: the checkpoint {job.checkpoints / 'step-000002'} cannot be written ([Errno 28] No space left on device; "
     )
-    assert [figures["step"] for figures in outcome.steps] == [1]
+    assert [figures["step"] for figures in outcome.steps] == steps
     monkeypatch.undo()
     assert checkpoint_folders(job.checkpoints) == []
     # What was half written is in nobody's way.
     assert worker.run(replace(job, stop_after=2)).error == "Interrupted: after step 2"
     assert names(job.checkpoints) == ["step-000002"]
+
+
+def test_failed_last_save_is_told_at_the_end(
+    job: Any, worker: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.settings = replace(job.settings, checkpoint_steps=4)
+    monkeypatch.setattr(checkpoint_writer.os, "replace", fail_to_rename)
+    outcome = worker.run(job)
+    assert f"the checkpoint {job.checkpoints / 'step-000004'} cannot be written (read-only" in outcome.error
+    assert [figures["step"] for figures in outcome.steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_failed_save_does_not_hide_what_ended_the_training(
+    job: Any, worker: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoint_writer.os, "replace", fail_to_rename)
+    assert worker.run(replace(job, stop_after=3)).error == "Interrupted: after step 3"
+    assert "step-000002 cannot be written (read-only" in caplog.text
+
+
+def fail_to_rename(*args: Any) -> None:
+    raise OSError("read-only")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    job: Any, worker: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The writer is held back until the next step is done: what it then writes is the state before that step."""
+    stepped = threading.Event()
+    write = dcp.FileSystemWriter.write_data
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        assert stepped.wait(timeout=60), "training waits for its checkpoint"
+        return write(*args, **kwargs)
+
+    whole = worker.run(replace(job, checkpoints=tmp_path / "undisturbed"))
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp.FileSystemWriter, "write_data", slow)
+        first = worker.run(
+            replace(job, stop_after=3, on_step=lambda step: stepped.set() if step == 3 else None)
+        )
+    assert first.error == "Interrupted: after step 3"
+    assert names(job.checkpoints) == ["step-000002"]
+    second = worker.run(job)
+    assert [figures["step"] for figures in second.steps] == [3, 4, 5, 6]
+    assert all(torch.equal(second.weights[name], weight) for name, weight in whole.weights.items())
+
+
+def test_both_ways_to_write_give_the_same_checkpoint(job: Any, worker: ModuleType, tmp_path: Path) -> None:
+    ends = []
+    for beside in (False, True):
+        settings = replace(job.settings, async_checkpoints=beside)
+        part = replace(job, settings=settings, checkpoints=tmp_path / str(beside))
+        worker.run(replace(part, stop_after=4))
+        ends.append(worker.run(part).weights)
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+
+def test_training_draws_no_random_numbers(job: Any, worker: ModuleType) -> None:
+    """Checkpoints hold no state of a random number generator because of this."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    worker.run(job)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_interrupt_while_saving_stays_one(
