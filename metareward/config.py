@@ -191,8 +191,10 @@ class TrainSettings:
     """Tokens a rank computes at once; larger batches accumulate. Changes memory and speed, not the result. (ours)"""
     compute_dtype: Dtype = "bfloat16"
     """Of the forward and backward passes; master weights and optimizer state are float32. (ours)"""
-    activation_checkpointing: bool = True
-    """Compute activations twice instead of keeping them. (ours)"""
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"
+    """What a layer keeps for its backward pass. none: everything; full: its input, and it is computed twice; selective: also the
+    results of matrix products and attention, and only the cheap rest is computed twice. Changes memory and speed, not the
+    result. (ours)"""
     checkpoint_steps: Count = 100
     """Optimizer steps between two checkpoints. (ours)"""
     keep_checkpoints: Count = 2

@@ -70,7 +70,7 @@ batch_pairs = 4
 learning_rate = 1e-4
 micro_batch_tokens = 512
 compute_dtype = "float32"
-activation_checkpointing = false
+activation_checkpointing = "none"
 checkpoint_steps = 2
 [sampler]
 dtype = "float32"

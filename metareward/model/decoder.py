@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from metareward.model.config import ModelConfig
+from metareward.model.recompute import Recompute, contexts
 from metareward.model.rope import cos_sin, inverse_frequencies, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -100,19 +101,22 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.intermediate_size = config.intermediate_size
         self.self_attn = Attention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute: bool = False
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute: Recompute = "none"
     ) -> Tensor:
         # Checkpointing sits inside the block: a sharded block is then gathered once for its recomputation
         # and backward.
-        if recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._run, hidden, cos, sin, attend, use_reentrant=False))
-        return self._run(hidden, cos, sin, attend)
+        if recompute == "none" or not torch.is_grad_enabled():
+            return self._run(hidden, cos, sin, attend)
+        context = contexts(recompute, self.intermediate_size)
+        out = checkpoint(self._run, hidden, cos, sin, attend, use_reentrant=False, context_fn=context)
+        return cast(Tensor, out)
 
     def _run(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
@@ -149,14 +153,12 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model. Set `activation_checkpointing` to recompute each block in the backward pass instead of
-    storing it.
-    """
+    """The model. `activation_checkpointing` says what each block keeps for the backward pass (recompute.py)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: Recompute = "none"
         self.model = Trunk(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config)
         # Not a buffer: `.to(bfloat16)` would round it and a meta-device start would lose it.

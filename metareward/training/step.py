@@ -128,7 +128,7 @@ def flops_of(decoder: Decoder, objective: Objective, batch: PackedBatch) -> Flop
     return step_flops(
         decoder.config,
         Work.of(work_of(batch)),
-        recompute_blocks=decoder.activation_checkpointing,
+        recompute_blocks=decoder.activation_checkpointing == "full",
         recomputed_head_rows=objective.recomputed_rows(batch),
     )
 

@@ -89,7 +89,7 @@ def make_settings() -> Callable[..., TrainSettings]:
             "learning_rate": 1e-4,
             "micro_batch_tokens": 120,
             "compute_dtype": "float32",
-            "activation_checkpointing": False,
+            "activation_checkpointing": "none",
             "checkpoint_steps": 1000,
         }
         return TrainSettings(**{**values, **changes})

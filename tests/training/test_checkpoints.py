@@ -69,7 +69,7 @@ def test_resumed_training_is_bitwise_the_same(
 
 
 def test_resumed_in_bf16_with_recomputation(job: Any, worker: ModuleType, tmp_path: Path) -> None:
-    job.settings = replace(job.settings, compute_dtype="bfloat16", activation_checkpointing=True)
+    job.settings = replace(job.settings, compute_dtype="bfloat16", activation_checkpointing="full")
     whole = worker.run(replace(job, checkpoints=tmp_path / "undisturbed"))
     worker.run(replace(job, stop_after=4))
     second = worker.run(job)

@@ -143,6 +143,7 @@ def test_rows_whose_logits_are_made_twice(make_examples: Callable[..., list[Exam
     assert sft_objective().recomputed_rows(batch) == 500 + 76 + 500 + 77 + 3 + 4
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_figures_of_a_step_on_a_cpu(
     models: dict[str, tuple[Any, Path]],
     make_settings: Callable[..., TrainSettings],
@@ -150,10 +151,11 @@ def test_figures_of_a_step_on_a_cpu(
     worker: ModuleType,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    mode: str,
 ) -> None:
     """Rates follow from the batch and the seconds; there is no MFU, and the log says why."""
     examples = make_examples(4)
-    settings = make_settings(epochs=1, micro_batch_tokens=10_000, activation_checkpointing=True)
+    settings = make_settings(epochs=1, micro_batch_tokens=10_000, activation_checkpointing=mode)
     caplog.set_level("INFO", "metareward")
     outcome = worker.run(worker.Job(models["qwen3"][1], examples, settings, tmp_path))
     (figures,) = outcome.steps
@@ -164,6 +166,6 @@ def test_figures_of_a_step_on_a_cpu(
     batch = pack(
         worker.training_set(worker.Job(models["qwen3"][1], examples, settings, tmp_path)).micro(0)[0], CPU
     )
-    wanted = step_flops(config, Work.of(work_of(batch)), recompute_blocks=True)
+    wanted = step_flops(config, Work.of(work_of(batch)), recompute_blocks=mode == "full")
     assert figures["tflops"] * figures["seconds"] * 1e12 == pytest.approx(wanted.model)
     assert figures["recomputed_tflops"] * figures["seconds"] * 1e12 == pytest.approx(wanted.recomputed)

@@ -111,7 +111,7 @@ def test_first_dpo_loss_is_ln_2(
     family: str,
     dtype: str,
 ) -> None:
-    settings = make_settings(compute_dtype=dtype, activation_checkpointing=True)
+    settings = make_settings(compute_dtype=dtype, activation_checkpointing="full")
     outcome = worker.run(worker.Job(models[family][1], make_examples(6), settings, tmp_path, stop_after=1))
     assert outcome.steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert outcome.steps[0]["margin"] == pytest.approx(0.0, abs=1e-6)
@@ -214,7 +214,7 @@ def test_activation_checkpointing_changes_no_gradient(
 ) -> None:
     batch = pack(make_examples(4), CPU)
     found = []
-    for recompute in (False, True):
+    for recompute in ("none", "full", "selective"):
         settings = make_settings(compute_dtype=dtype, activation_checkpointing=recompute)
         decoder = load_sharded(models["qwen3"][1], settings, CPU, 1)
         calls: list[int] = []
@@ -228,11 +228,12 @@ def test_activation_checkpointing_changes_no_gradient(
 
         out = decoder(batch.token_ids, batch.positions, counted, rows=batch.rows, targets=batch.targets)
         out.sum().backward()
-        assert len(calls) == (4 if recompute else 2)
+        assert len(calls) == (2 if recompute == "none" else 4)
         found.append({name: item.grad.full_tensor() for name, item in decoder.named_parameters()})
     for name, gradient in found[0].items():
         assert gradient.dtype == torch.float32
         assert torch.equal(found[1][name], gradient), name
+        assert torch.equal(found[2][name], gradient), name
 
 
 def test_divergence_names_the_batch_and_changes_nothing(

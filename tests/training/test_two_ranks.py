@@ -83,7 +83,7 @@ def jobs(
         return {**values, **changes}
 
     once = replace(settings, epochs=1)
-    wide = replace(once, batch_pairs=6, micro_batch_tokens=40, activation_checkpointing=True)
+    wide = replace(once, batch_pairs=6, micro_batch_tokens=40, activation_checkpointing="selective")
     return {
         "pairs": job("pairs"),
         # Nine examples in batches of six, one a micro-batch: the ranks have unequal numbers of micro-batches.
