@@ -195,6 +195,9 @@ class TrainSettings:
     """What a layer keeps for its backward pass. none: everything; full: its input, and it is computed twice; selective: also the
     results of matrix products and attention, and only the cheap rest is computed twice. Changes memory and speed, not the
     result. (ours)"""
+    shard_within: CountOrOff = 0
+    """Processes that share one copy of the weights and optimizer state, usually those of a node: gathering then stays inside of
+    it, and only gradients cross (hybrid sharding). Must divide the number of processes; 0: all. (ours)"""
     checkpoint_steps: Count = 100
     """Optimizer steps between two checkpoints. (ours)"""
     keep_checkpoints: Count = 2
@@ -290,6 +293,7 @@ EXECUTION_SETTINGS = (
     "logging",
     "train.micro_batch_tokens",
     "train.activation_checkpointing",
+    "train.shard_within",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
     "train.async_checkpoints",

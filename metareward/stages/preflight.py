@@ -14,6 +14,7 @@ from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
 from metareward.stages.respond import render_prompts
 from metareward.training.examples import check_batch
+from metareward.training.sharded import check_shard_within
 
 
 def preflight(context: Context) -> None:
@@ -22,6 +23,7 @@ def preflight(context: Context) -> None:
     check_batch(recipe.train.batch_pairs, ranks.world_size(), "train.batch_pairs")
     if recipe.seed.enabled:
         check_batch(recipe.seed.batch_examples, ranks.world_size(), "seed.batch_examples")
+    check_shard_within(recipe.train.shard_within, ranks.world_size())
     ranks.on_first(lambda: check_files(context))
 
 

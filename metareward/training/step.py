@@ -63,7 +63,7 @@ def train_step(
     """Accumulate the gradient of this rank's micro-batches, check it, clip it, update.
 
     The decoder may be sharded by FSDP2 or not at all. Gradients of blocks are reduced after every micro-batch, in float32;
-    that of embedding and head, the root's, once at the end.
+    that of the head (and of an embedding tied to it) once at the end.
 
     Args:
         micro: this rank's micro-batches; an empty one is computed on `filler` with weight 0, because every rank must take part

@@ -10,10 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ import torch
 # Else every rank would import it anew, which takes it longer than all else.
 import torch._dynamo
 import torch.distributed.checkpoint as dcp
-from rank_worker import Job, run
+from rank_worker import Job, fork_ranks, run
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from metareward.model.decoder import MLP
@@ -125,51 +123,27 @@ def step_of(folder: Path) -> int:
 
 
 def start(case: Case, folder: Path, kill: Kill | None) -> list[int]:
-    """Run the case's ranks to their end; the exit code of each, negative for a signal. The dead rank takes the others along."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    children = {}
-    for rank in range(case.processes):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.processes))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            os._exit(work(case, folder, rank, kill))
-        children[pid] = rank
-    codes = [0] * case.processes
-    while children:
-        pid, status = os.wait()
-        codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
-        if os.WIFSIGNALED(status):
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-    return codes
+    """Run the case's ranks to their end; the exit code of each."""
 
+    def work(rank: int) -> None:
+        load = trainer.load_checkpoint
 
-def work(case: Case, folder: Path, rank: int, kill: Kill | None) -> int:
-    load = trainer.load_checkpoint
+        def noted_load(*parts: Any) -> int:
+            done = load(*parts)
+            if rank == 0:
+                with (folder / f"{case.name}.starts").open("a") as file:
+                    file.write(f"{done + 1}")
+            return done
 
-    def noted_load(*parts: Any) -> int:
-        done = load(*parts)
-        if rank == 0:
-            with (folder / f"{case.name}.starts").open("a") as file:
-                file.write(f"{done + 1}")
-        return done
-
-    trainer.load_checkpoint = noted_load
-    try:
+        trainer.load_checkpoint = noted_load
         job = Job(**case.job)
         if kill is not None and rank == kill.victim:
             job.on_step = Killer(kill).on_step
         ranks.start_ranks()
-        outcome = run(job)
-        torch.save(vars(outcome), folder / f"{case.name}-{rank}.pt")
+        torch.save(vars(run(job)), folder / f"{case.name}-{rank}.pt")
         ranks.stop_ranks()
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
+
+    return fork_ranks(case.processes, work)
 
 
 def main(plan: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,6 @@ import torch
 from metareward.config import TrainSettings
 from metareward.training.examples import Example
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 14
 # Two steps an epoch and a checkpoint after every second, so the even steps end an epoch. (place, step, rank that dies, steps with
 # which the next start may begin): a checkpoint that is being written while the next step runs may be complete or not.
@@ -67,15 +64,7 @@ def outcomes(
     cases += [case(f"killed-{processes}", processes, rows) for processes, rows in KILLS.items()]
     plan = folder / "plan.pt"
     torch.save(cases, plan)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
-    command = [sys.executable, str(Path(__file__).with_name("kill_worker.py")), str(plan)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    worker.run_script("kill_worker.py", str(plan))
     return folder
 
 
