@@ -205,6 +205,8 @@ class TrainSettings:
     async_checkpoints: bool = True
     """Train on while a checkpoint is written. Takes a copy of the weights and the optimizer state in main memory, 12 bytes a
     parameter over all ranks. (ours)"""
+    check_memory: bool = True
+    """Refuse to train where the estimate of the memory it takes is more than is free; false: only tell both. (ours)"""
 
 
 @dataclass(frozen=True)
@@ -297,4 +299,5 @@ EXECUTION_SETTINGS = (
     "train.checkpoint_steps",
     "train.keep_checkpoints",
     "train.async_checkpoints",
+    "train.check_memory",
 )

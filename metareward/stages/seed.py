@@ -28,6 +28,7 @@ from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
 from metareward.stages.train import drop_checkpoints, is_trained, run_training, training_set
+from metareward.stages.training_memory import check_training_memory
 from metareward.training.examples import Example, check_batch
 from metareward.training.objectives import sft_objective
 from metareward.training.sharded import load_sharded
@@ -59,10 +60,11 @@ def seed(context: Context) -> None:
         batch_pairs=settings.batch_examples,
         learning_rate=settings.learning_rate,
     )
+    data = training_set(context, 0, examples, training)
+    check_training_memory(context, 0, "seed", policy, data, training)
     context.spans.mark("load")
     decoder = load_sharded(policy, training, ranks.device(), ranks.world_size())
     context.spans.mark("data")
-    data = training_set(context, 0, examples, training)
     run_training(context, 0, "seed", policy, decoder, data, sft_objective(), training)
 
 

@@ -22,6 +22,7 @@ from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.run.progress import progress_bar
 from metareward.stages.context import Context
 from metareward.stages.preference_set import preference_examples
+from metareward.stages.training_memory import check_training_memory
 from metareward.training.examples import DataOrder, Example, check_batch
 from metareward.training.losses import uses_reference
 from metareward.training.objectives import Objective, pair_objective
@@ -43,6 +44,7 @@ def train_policy(context: Context, iteration: int) -> None:
     policy = context.policy(iteration)
     examples = preference_examples(context, iteration, context.chat(policy), context.max_context(policy))
     data = training_set(context, iteration, examples, settings)
+    check_training_memory(context, iteration, "train", policy, data, settings)
     spans.mark("load")
     decoder = load_sharded(policy, settings, ranks.device(), ranks.world_size())
     digest = ranks.on_first(lambda: weights_digest(policy))

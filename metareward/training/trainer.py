@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from metareward.training.head_weight import head_weight
 from metareward.training.objectives import Objective, pair_logprobs
 from metareward.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from metareward.training.packing import pack, work_of
+from metareward.training.peak_memory import measured_phases
 from metareward.training.sharded import reshard
 from metareward.training.step import StepResult, hidden_states, train_step
 
@@ -133,17 +135,22 @@ def train_from(
         rate = learning_rate(step, steps, settings)
         set_learning_rate(optimizer, rate)
         weight = sum(objective.weight(data.examples[index]) for index in data.order.indices(step))
-        result = train_step(
-            decoder,
-            optimizer,
-            objective,
-            data.micro(step),
-            weight,
-            data.filler,
-            settings.max_grad_norm,
-            device,
-            phases,
+        # Of the first step alone: the others are like it.
+        watch: AbstractContextManager[dict[str, float]] = (
+            measured_phases(decoder, optimizer, device) if step == start else nullcontext({})
         )
+        with watch as peaks:
+            result = train_step(
+                decoder,
+                optimizer,
+                objective,
+                data.micro(step),
+                weight,
+                data.filler,
+                settings.max_grad_norm,
+                device,
+                phases,
+            )
         done = step + 1
         seconds = time.perf_counter() - began
         figures = {
@@ -155,6 +162,7 @@ def train_from(
             "seconds": seconds,
             "tokens_per_s": result.tokens / seconds,
             **device_rates(result, seconds, peak),
+            **largest_over_ranks(peaks),
         }
         # The last step needs no checkpoint: the finished model follows at once.
         if done % settings.checkpoint_steps == 0 and done < steps:
@@ -163,6 +171,15 @@ def train_from(
         phases.mark("write")
         on_step(done, steps, figures)
         phases.step()
+
+
+def largest_over_ranks(peaks: dict[str, float]) -> dict[str, float]:
+    """Every figure's largest value over all ranks; a collective where there are figures, which all ranks have or none."""
+    if not peaks or dist.get_world_size() == 1:
+        return peaks
+    everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, peaks)
+    return {name: max(found[name] for found in everyone) for name in peaks}
 
 
 def device_rates(result: StepResult, seconds: float, peak: float | None) -> dict[str, float]:
