@@ -65,12 +65,11 @@ def sentences(
 ) -> list[str]:
     """Memory, disk, machine, values and what dominates."""
     weights, cache = sampling_memory(setting)
-    states, activations = training_memory(setting)
+    states, peak = training_memory(setting, plans)
     kept, temporary = disk_bytes(setting, plans)
     found = [
         f"Memory a rank, sampling: {weights / GIB:.3g} GiB of weights and up to {cache / GIB:.3g} GiB of cache (it takes "
-        f"what is free); training: {states / GIB:.3g} GiB of weights, gradients and moments, about {activations / GIB:.3g} "
-        "GiB of activations and logits.",
+        f"what is free); training: at most about {peak / GIB:.3g} GiB, {states / GIB:.3g} of it weights, gradients and moments.",
         f"Disk: {kept / GIB:.3g} GiB in the end, {temporary / GIB:.3g} GiB more for checkpoints while a stage trains.",
     ]
     machine = setting.machine

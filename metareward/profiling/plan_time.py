@@ -13,7 +13,6 @@ from metareward.model.flops import (
     kv_token_bytes,
     optimizer_bytes,
     parameter_count,
-    read_weights,
     sampling_bytes,
     step_flops,
 )
@@ -22,6 +21,7 @@ from metareward.profiling.figures import ITEMSIZE
 from metareward.profiling.machine import Machine
 from metareward.profiling.plan_lengths import Lengths
 from metareward.profiling.plan_work import StageWork, all_work
+from metareward.training.memory import LargestBatch, memory_of
 
 GIB = 2**30
 STEP = 0.25
@@ -148,21 +148,17 @@ def sampling_memory(setting: Setting) -> tuple[float, float]:
     return float(parameter_count(setting.config)) * itemsize, cache
 
 
-def training_memory(setting: Setting) -> tuple[float, float]:
-    """Bytes a GPU while training: (weights, gradients and two moments in float32, sharded; activations, roughly).
-
-    Activations a token of a block: its input alone with checkpointing, else about 34 times the hidden size and the MLP's
-    three; and the logits of a chunk of 4,096 tokens.
+def training_memory(setting: Setting, plans: list[StagePlan]) -> tuple[int, int]:
+    """Bytes a GPU while training: (its shards of weights, gradients and moments, the peak), as a run estimates it
+    before it trains, for full micro-batches of completions alone as long as the context.
     """
-    config, settings = setting.config, setting.recipe.train
-    itemsize = ITEMSIZE[settings.compute_dtype]
-    states = 16.0 * parameter_count(config) / setting.gpus
-    kept = config.hidden_size if settings.activation_checkpointing else 0
-    block = 14 * config.hidden_size + 3 * config.intermediate_size
+    settings, config = setting.recipe.train, setting.config
     tokens = settings.micro_batch_tokens
-    activations = tokens * itemsize * (config.num_layers * (kept or block) + block)
-    gathered = read_weights(config) / config.num_layers * itemsize
-    return states, activations + gathered + min(tokens, 4096) * config.vocab_size * itemsize
+    largest = LargestBatch(tokens, tokens, tokens, min(tokens, config.max_context))
+    steps = max((int(item.work.optimizer_steps) for item in plans), default=0)
+    device = "cuda" if setting.machine is None else setting.machine.kind
+    found = memory_of(config, settings, largest, steps, setting.gpus, device)
+    return found.weights + found.gradients + found.optimizer, found.peak
 
 
 def disk_bytes(setting: Setting, plans: list[StagePlan]) -> tuple[float, float]:

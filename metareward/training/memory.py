@@ -97,10 +97,23 @@ def estimate_memory(
     device_type: str,
 ) -> MemoryEstimate:
     """The estimate for the model of `config` on `world_size` ranks; `batch`: examples an optimizer step, over all of them."""
+    largest = largest_batch(examples, settings.micro_batch_tokens, math.ceil(batch / world_size))
+    steps = settings.epochs * math.ceil(len(examples) / batch)
+    return memory_of(config, settings, largest, steps, world_size, device_type)
+
+
+def memory_of(
+    config: ModelConfig,
+    settings: TrainSettings,
+    largest: LargestBatch,
+    steps: int,
+    world_size: int,
+    device_type: str,
+) -> MemoryEstimate:
+    """The estimate for so many optimizer steps, none of whose micro-batches is larger than `largest`."""
     shapes = parameter_shapes(config).values()
     parameters = sum(math.prod(shape) for shape in shapes)
     shard = math.ceil(parameters / (settings.shard_within or world_size))
-    largest = largest_batch(examples, settings.micro_batch_tokens, math.ceil(batch / world_size))
     bytes_ = 2 if settings.compute_dtype == "bfloat16" else FLOAT
     in_place = compiled("segment_attention", device_type)
     layer = kept_by_layer(config, largest, bytes_, in_place)
@@ -111,7 +124,6 @@ def estimate_memory(
     }[settings.activation_checkpointing]
     again = 0 if settings.activation_checkpointing == "none" else layer
     head_rows = min(chunk_size(torch.device(device_type)), largest.targets)
-    steps = settings.epochs * math.ceil(len(examples) / batch)
     copied = settings.async_checkpoints and device_type == "cpu" and steps > settings.checkpoint_steps
     return MemoryEstimate(
         weights=FLOAT * shard,

@@ -25,6 +25,7 @@ from metareward.profiling.plan_time import (
     training_memory,
 )
 from metareward.profiling.plan_work import StageWork, all_work
+from metareward.training.memory import LargestBatch, memory_of
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -162,8 +163,19 @@ def test_memory_by_hand() -> None:
     assert weights == 340 * 4
     # The longest request is cut at the context of 64 tokens; a token has 2 layers x 1 head x 2 x (key and value) x 4 bytes.
     assert cache == 8 * 64 * 2 * 2 * 1 * 2 * 4
-    assert training_memory(setting)[0] == 16 * 340
-    assert training_memory(replace(setting, gpus=4))[0] == 4 * 340
+    states, peak = training_memory(setting, [])
+    assert states == 16 * 340
+    assert training_memory(replace(setting, gpus=4), [])[0] == 4 * 340
+    # As much as the run's own estimate has for full micro-batches; less is kept where blocks are computed again.
+    tokens = recipe.train.micro_batch_tokens
+    largest = LargestBatch(tokens, tokens, tokens, min(tokens, CONFIG.max_context))
+    assert peak == memory_of(CONFIG, recipe.train, largest, 0, 1, "cuda").peak
+    full = replace(recipe, train=replace(recipe.train, activation_checkpointing="full"))
+    none = replace(recipe, train=replace(recipe.train, activation_checkpointing="none"))
+    assert (
+        training_memory(replace(setting, recipe=full), [])[1]
+        < training_memory(replace(setting, recipe=none), [])[1]
+    )
 
 
 def test_measured_values_replace_assumptions_up_to_one() -> None:
