@@ -1,8 +1,8 @@
 """Examples packed into one row of tokens, with no padding and shared prompt tokens computed once.
 
-A micro-batch is a tree of segments: what all its prompts begin with (a rubric, a system message), below it the rest of
-every prompt, below that the completions. A segment attends to its ancestors and, causally, to itself; its positions go on
-where its parent's end.
+A micro-batch is a forest of segments, a tree for every kind of example in it: what all prompts of the kind begin with (a rubric, a
+system message), below it the rest of every prompt, below that the completions. A segment attends to its ancestors and, causally,
+to itself; its positions go on where its parent's end.
 The numbers and the gradients are those of separate sequences (after arXiv 2410.20305, which shares the prompt of a pair).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from metareward_kernels import SegmentTree, segment_attention
@@ -116,34 +117,16 @@ def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
-    """Pack examples in the given order; every prompt and completion must have at least one token."""
-    shared = common_prefix([example.prompt for example in examples]) if len(examples) > 1 else 0
-    if shared < SMALLEST_SHARED:
-        shared = 0
+    """Pack examples in the given order; every prompt and completion must have at least one token.
+
+    Neighbours of one kind share what their prompts begin with; `micro_batches` puts a kind's examples beside each other.
+    """
     row = Row()
-    root = row.add(examples[0].prompt[:shared], ())
     rows: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
-    for example in examples:
-        assert len(example.prompt) > 0, example.identity
-        assert all(example.completions), example.identity
-        rest = example.prompt[shared:]
-        if len(example.completions) == 1:
-            # One completion simply continues the prompt: one segment instead of two.
-            completion = example.completions[0]
-            first = len(row.ids) + len(rest)
-            last = first - 1 if rest else root[-1].stop - 1
-            row.add((*rest, *completion), root)
-            starts = [(first, last, completion)]
-        else:
-            chain = row.add(rest, root)
-            last = chain[-1].stop - 1
-            starts = []
-            for completion in example.completions:
-                starts.append((len(row.ids), last, completion))
-                row.add(completion, chain)
-        for first, last, completion in starts:
+    for _, neighbours in groupby(examples, key=lambda example: example.kind):
+        for first, last, completion in add_kind(row, list(neighbours)):
             # The first completion token is predicted at the prompt's last position, the others by the token before them.
             rows.append(last)
             rows.extend(range(first, first + len(completion) - 1))
@@ -164,6 +147,29 @@ def pack(examples: Sequence[Example], device: torch.device) -> PackedBatch:
         tuple(row.segments),
         unshared,
     )
+
+
+def add_kind(row: Row, examples: Sequence[Example]) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Append a tree of examples; for every completion (place of its first token, place of its prompt's last, tokens)."""
+    shared = common_prefix([example.prompt for example in examples]) if len(examples) > 1 else 0
+    root = row.add(examples[0].prompt[:shared], ()) if shared >= SMALLEST_SHARED else ()
+    starts = []
+    for example in examples:
+        assert len(example.prompt) > 0, example.identity
+        assert all(example.completions), example.identity
+        rest = example.prompt[shared:] if root else example.prompt
+        if len(example.completions) == 1:
+            # One completion simply continues the prompt: one segment instead of two.
+            completion = example.completions[0]
+            first = len(row.ids) + len(rest)
+            starts.append((first, first - 1 if rest else root[-1].stop - 1, completion))
+            row.add((*rest, *completion), root)
+        else:
+            chain = row.add(rest, root)
+            for completion in example.completions:
+                starts.append((len(row.ids), chain[-1].stop - 1, completion))
+                row.add(completion, chain)
+    return starts
 
 
 def segment_tree(segments: Sequence[Segment]) -> SegmentTree:

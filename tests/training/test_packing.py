@@ -27,8 +27,8 @@ def ids(seed: int, count: int) -> Tokens:
     return tuple(torch.randint(2, 131, (count,), generator=generator).tolist())
 
 
-def example(prompt: Tokens, *completions: Tokens) -> Example:
-    return Example(f"{prompt}{completions}", "actor", prompt, completions)
+def example(prompt: Tokens, *completions: Tokens, kind: str = "actor") -> Example:
+    return Example(f"{prompt}{completions}", kind, prompt, completions)
 
 
 ROOT = ids(1, 20)
@@ -52,6 +52,15 @@ CASES: dict[str, list[Example]] = {
     "one-token completions below a root": [example((*ROOT, 3), (4,), (5,)), example((*ROOT, 4), (4,))],
     "one example": [example(ids(95, 30), ids(96, 12), ids(97, 7))],
     "equal completions": [example((*ROOT, 3), (4, 5), (4, 5))],
+    "two kinds, each with its own beginning": [
+        *(example((*ROOT, *ids(seed, 4)), ids(seed + 1, 6), ids(seed + 2, 3)) for seed in (20, 30)),
+        *(example((*ids(98, 18), *ids(seed, 2)), ids(seed + 1, 5), kind="judge") for seed in (40, 50, 60)),
+    ],
+    "two kinds of one beginning": [
+        *(example((*ROOT, seed), ids(seed + 1, 6)) for seed in (20, 30)),
+        *(example(ROOT, ids(seed + 1, 5), kind="judge") for seed in (40, 50)),
+    ],
+    "one of each kind": [example((*ROOT, 3), (4,)), example((*ROOT, 4), (5,), kind="judge")],
 }
 
 
@@ -115,6 +124,18 @@ def test_token_counts_by_hand() -> None:
     assert len(apart.segments) == 2, "a single completion needs no segment of its own"
 
 
+def test_each_kind_shares_its_own_beginning() -> None:
+    batch = pack(CASES["two kinds, each with its own beginning"], CPU)
+    # A root of 20, then twice 4 with completions of 6 and 3; a root of 18, then three times 2 and 5.
+    assert batch.tokens == 20 + 2 * (4 + 6 + 3) + 18 + 3 * (2 + 5)
+    assert [segment.stop for segment in batch.segments if not segment.ancestors] == [20, 46 + 18]
+    # The same examples apart cost the same: mixing kinds in a micro-batch loses nothing.
+    apart = [
+        pack(CASES["two kinds, each with its own beginning"][part], CPU) for part in (slice(2), slice(2, 5))
+    ]
+    assert batch.tokens == sum(part.tokens for part in apart)
+
+
 def test_sharing_begins_at_its_threshold() -> None:
     def tokens(shared: int) -> int:
         return pack([example((*ROOT[:shared], 2), (3,)), example((*ROOT[:shared], 4), (3,))], CPU).tokens
@@ -151,7 +172,8 @@ def trees(draw: st.DrawFn) -> list[Example]:
     for _ in range(draw(st.integers(1, 4))):
         prompt = (*root, *draw(st.lists(token, min_size=0 if root else 1, max_size=3)))
         completion = st.lists(token, min_size=1, max_size=4).map(tuple)
-        examples.append(example(prompt, *draw(st.lists(completion, min_size=1, max_size=3))))
+        kind = draw(st.sampled_from(["actor", "judge"]))
+        examples.append(example(prompt, *draw(st.lists(completion, min_size=1, max_size=3)), kind=kind))
     return examples
 
 
