@@ -28,8 +28,6 @@ class Assumptions:
     """Prompts that give a pair of responses."""
     judge_pair_share: Share = 0.85
     """Prompts that give a pair of judgments."""
-    training_sharing: Share = 0.5
-    """Of what the prompts of a kind share in training, the part computed once a micro-batch; kinds mixed in one share less."""
     prefill_reached: Share = 0.5
     """Share of the limit that computing prompts reaches."""
     decode_reached: Share = 0.5

@@ -27,7 +27,8 @@ SEEN = 64
 @dataclass(frozen=True)
 class Lengths:
     """Tokens, means over the recipe's own files. A judge prompt is `judge_shared` tokens that all begin with, the
-    instruction, the response and `judge_rest`; a meta-judge prompt likewise, with two judgments behind the response."""
+    instruction, the response and `judge_rest`; a meta-judge prompt likewise, with two judgments behind the response. The seed
+    stage's judgments have prompts of `seed_prompt` tokens, its comparisons of `taught_prompt`."""
 
     prompt: float
     instruction: float
@@ -35,8 +36,11 @@ class Lengths:
     judge_rest: float
     meta_shared: float
     meta_rest: float
-    seed_example: float = 0.0
+    prompt_shared: float = 0.0
+    seed_prompt: float = 0.0
     seed_target: float = 0.0
+    taught_prompt: float = 0.0
+    taught_target: float = 0.0
 
 
 def measure_lengths(recipe: Recipe, chat: Chat) -> Lengths:
@@ -49,16 +53,17 @@ def measure_lengths(recipe: Recipe, chat: Chat) -> Lengths:
     judged = [tuple(chat.render(judge_messages(judge_text, text, "x"))) for text in texts]
     compared = [tuple(chat.render(meta_judge_messages(meta_text, text, "x", "y", "z"))) for text in texts]
     judge_shared, meta_shared = common_prefix(judged), common_prefix(compared)
-    seed = seed_lengths(recipe, chat, judge_text, meta_text) if recipe.seed.enabled else (0.0, 0.0)
+    asked = [tuple(chat.render(actor_messages(text))) for text in texts]
+    seed = seed_lengths(recipe, chat, judge_text, meta_text) if recipe.seed.enabled else {}
     return Lengths(
-        prompt=mean(len(chat.render(actor_messages(text))) for text in texts),
+        prompt=mean(map(len, asked)),
+        prompt_shared=common_prefix(asked),
         instruction=instruction,
         judge_shared=judge_shared,
         judge_rest=max(0.0, mean(map(len, judged)) - judge_shared - instruction),
         meta_shared=meta_shared,
         meta_rest=max(0.0, mean(map(len, compared)) - meta_shared - instruction),
-        seed_example=seed[0],
-        seed_target=seed[1],
+        **seed,
     )
 
 
@@ -66,44 +71,27 @@ def template_of(name: Literal["judge", "meta_judge"], path: str) -> str:
     return load_template(name, Path(path) if path else None)
 
 
-def seed_lengths(recipe: Recipe, chat: Chat, judge_text: str, meta_text: str) -> tuple[float, float]:
-    """Mean tokens of a seed example's prompt and target, judgments and comparisons in the recipe's proportion."""
+def seed_lengths(recipe: Recipe, chat: Chat, judge_text: str, meta_text: str) -> dict[str, float]:
+    """Mean tokens of the seed stage's judgments and comparisons, of prompt and target."""
     shown = [build(item) for item in evenly(read_quality(recipe.seed.file), SEEN)]
-    judged = [
-        (
-            len(chat.render(judge_messages(judge_text, item.source.prompt, item.source.response))),
-            len(chat.encode_completion(item.text)),
-        )
-        for item in shown
-    ]
-    comparison = len(chat.encode_completion(comparison_text("A")))
+    judged = [judge_messages(judge_text, item.source.prompt, item.source.response) for item in shown]
     compared = [
-        (
-            len(
-                chat.render(
-                    meta_judge_messages(
-                        meta_text, own.source.prompt, own.source.response, own.text, other.text
-                    )
-                )
-            ),
-            comparison,
-        )
+        meta_judge_messages(meta_text, own.source.prompt, own.source.response, own.text, other.text)
         for own, other in zip(shown, [*shown[1:], *shown[:1]], strict=True)
     ]
-    taught = recipe.seed.meta_judge_examples
-    share = taught / seed_examples(recipe)
-    prompt, target = (
-        (1 - share) * mean(pair[index] for pair in judged) + share * mean(pair[index] for pair in compared)
-        for index in (0, 1)
-    )
-    return prompt, target
+    return {
+        "seed_prompt": mean(len(chat.render(messages)) for messages in judged),
+        "seed_target": mean(len(chat.encode_completion(item.text)) for item in shown),
+        "taught_prompt": mean(len(chat.render(messages)) for messages in compared),
+        "taught_target": len(chat.encode_completion(comparison_text("A"))),
+    }
 
 
-def seed_examples(recipe: Recipe) -> int:
-    """Examples that the seed stage will be taught."""
+def seed_examples(recipe: Recipe) -> tuple[int, int]:
+    """Judgments and comparisons that the seed stage will be taught."""
     labelled: list[LabelledResponse] = read_quality(recipe.seed.file)
     judgments = balanced([build(item) for item in labelled], recipe.seed, recipe.random_seed)
-    return len(judgments) + recipe.seed.meta_judge_examples
+    return len(judgments), recipe.seed.meta_judge_examples
 
 
 def evenly(items: list[T], count: int) -> list[T]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from metareward.config import Recipe
+from metareward.config import Recipe, TrainSettings
 from metareward.model.flops import Work
 from metareward.profiling.assumptions import Assumptions
 from metareward.profiling.plan_lengths import Lengths, seed_examples
+from metareward.training.packing import SMALLEST_SHARED
 
 
 @dataclass(frozen=True)
@@ -31,34 +32,51 @@ class StageWork:
     optimizer_steps: float = 0.0
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Training examples of a kind; the rest is of one example: tokens that all prompts of the kind begin with, other tokens,
+    pairs of positions that meet in attention if nothing is shared with other examples, completion tokens."""
+
+    examples: float
+    shared: float
+    own: float
+    positions: float
+    targets: float
+
+    @property
+    def tokens(self) -> float:
+        return self.shared + self.own
+
+
 def all_work(recipe: Recipe, lengths: Lengths, assumed: Assumptions, gpus: int) -> list[StageWork]:
     """Every stage of the recipe, in order."""
     found = []
     if recipe.seed.enabled:
-        found.append(seed_work(recipe, lengths, assumed, gpus))
+        found.append(seed_work(recipe, lengths, gpus))
     for number, settings in enumerate(recipe.iteration, 1):
         found += iteration_work(recipe, number, settings.meta_judge, lengths, assumed, gpus)
     return found
 
 
-def seed_work(recipe: Recipe, lengths: Lengths, assumed: Assumptions, gpus: int) -> StageWork:
-    examples, settings = seed_examples(recipe), recipe.seed
-    length = lengths.seed_example + lengths.seed_target
-    shared = lengths.judge_shared
-    return training_work(
-        "seed",
-        0,
-        examples,
-        own=length - shared,
-        shared=shared,
-        pairs_per_example=causal(shared, length - shared),
-        targets=lengths.seed_target,
-        batch=settings.batch_examples,
-        epochs=settings.epochs,
-        micro_tokens=recipe.train.micro_batch_tokens,
-        sharing=assumed.training_sharing,
-        gpus=gpus,
-    )
+def seed_work(recipe: Recipe, lengths: Lengths, gpus: int) -> StageWork:
+    judgments, comparisons = seed_examples(recipe)
+    kinds = [
+        Kind(
+            judgments,
+            lengths.judge_shared,
+            lengths.seed_prompt + lengths.seed_target - lengths.judge_shared,
+            causal(0, lengths.seed_prompt + lengths.seed_target),
+            lengths.seed_target,
+        ),
+        Kind(
+            comparisons,
+            lengths.meta_shared,
+            lengths.taught_prompt + lengths.taught_target - lengths.meta_shared,
+            causal(0, lengths.taught_prompt + lengths.taught_target),
+            lengths.taught_target,
+        ),
+    ]
+    return training_work("seed", 0, kinds, recipe.seed.batch_examples, recipe.seed.epochs, recipe.train, gpus)
 
 
 def iteration_work(
@@ -124,30 +142,12 @@ def iteration_work(
             )
         )
         judge_pairs = prompts * assumed.judge_pair_share
-    total = actor_pairs + judge_pairs
-    actor = lengths.prompt + 2 * response
-    judge = lengths.instruction + response + lengths.judge_rest + 2 * judgment
-    share = actor_pairs / total if total else 0.0
-    pair_context = share * actor_context(lengths.prompt, response) + (1 - share) * actor_context(
-        judge_prompt, judgment
-    )
+    kinds = [
+        pair_kind(actor_pairs, lengths.prompt_shared, lengths.prompt, response),
+        pair_kind(judge_pairs, lengths.judge_shared, judge_prompt, judgment),
+    ]
     for name, epochs in (("reference", 1), ("train", recipe.train.epochs)):
-        found.append(
-            training_work(
-                name,
-                number,
-                total,
-                own=share * actor + (1 - share) * judge,
-                shared=(1 - share) * lengths.judge_shared,
-                pairs_per_example=pair_context,
-                targets=2 * (share * response + (1 - share) * judgment),
-                batch=recipe.train.batch_pairs,
-                epochs=epochs,
-                micro_tokens=recipe.train.micro_batch_tokens,
-                sharing=assumed.training_sharing,
-                gpus=gpus,
-            )
-        )
+        found.append(training_work(name, number, kinds, recipe.train.batch_pairs, epochs, recipe.train, gpus))
     return found
 
 
@@ -156,9 +156,10 @@ def causal(before: float, own: float) -> float:
     return own * before + own * (own + 1) / 2
 
 
-def actor_context(prompt: float, completion: float) -> float:
-    """Pairs of positions of a prompt with two completions."""
-    return causal(0, prompt) + 2 * causal(prompt, completion)
+def pair_kind(examples: float, shared: float, prompt: float, completion: float) -> Kind:
+    """Preference pairs: a prompt, computed once, and two completions."""
+    positions = causal(0, prompt) + 2 * causal(prompt, completion)
+    return Kind(examples, shared, prompt + 2 * completion - shared, positions, 2 * completion)
 
 
 def sampling_work(
@@ -210,34 +211,43 @@ def sampling_work(
 
 
 def training_work(
-    stage: str,
-    iteration: int,
-    examples: float,
-    *,
-    own: float,
-    shared: float,
-    pairs_per_example: float,
-    targets: float,
-    batch: int,
-    epochs: int,
-    micro_tokens: int,
-    sharing: float,
-    gpus: int,
+    stage: str, iteration: int, kinds: list[Kind], batch: int, epochs: int, settings: TrainSettings, gpus: int
 ) -> StageWork:
-    """A training stage: every example's own tokens, and those that prompts of a kind share: once a micro-batch for so much of
-    them as `sharing` says, else once an example."""
-    per_micro = max(1.0, min(micro_tokens / max(own + shared, 1.0), batch / gpus))
-    micros = math.ceil(examples / per_micro) if examples else 0
+    """A training stage, with `kinds` in the order in which a batch has them.
+
+    A batch is cut into micro-batches by the tokens of its examples; what a kind's prompts begin with is computed once in every
+    micro-batch that has the kind.
+    """
+    kinds = [kind for kind in kinds if kind.examples]
+    examples = sum(kind.examples for kind in kinds)
+    if not examples:
+        return StageWork(stage, iteration, 0.0)
+    batches = math.ceil(examples / batch)
+    # Of one rank in one step.
+    mine = examples / batches / gpus
+    all_tokens = sum(kind.examples * kind.tokens for kind in kinds)
+    micros = math.ceil(mine / max(1, int(settings.micro_batch_tokens * examples / all_tokens)))
+    rows = positions = targets = start = 0.0
+    for kind in kinds:
+        stop = start + kind.examples * kind.tokens / all_tokens
+        # Micro-batches that the kind has a part of; never more than it has examples. Rounding must not make one more of them.
+        parts = math.ceil(micros * stop - 1e-9) - math.floor(micros * start + 1e-9)
+        times = min(batches * gpus * parts, kind.examples)
+        shared = kind.shared if kind.shared >= SMALLEST_SHARED else 0.0
+        rows += kind.examples * (kind.tokens - shared) + times * shared
+        positions += kind.examples * (kind.positions - causal(0, shared)) + times * causal(0, shared)
+        targets += kind.examples * kind.targets
+        start = stop
     return StageWork(
         stage,
         iteration,
         examples,
         forward=Work(
-            passes=micros * epochs,
-            rows=(examples * own + (sharing * micros + (1 - sharing) * examples) * shared) * epochs,
-            logit_rows=examples * targets * epochs,
-            pairs=examples * pairs_per_example * epochs,
+            passes=batches * gpus * micros * epochs,
+            rows=rows * epochs,
+            logit_rows=targets * epochs,
+            pairs=positions * epochs,
         ),
         epochs=epochs,
-        optimizer_steps=0.0 if stage == "reference" else math.ceil(examples / batch) * epochs,
+        optimizer_steps=0.0 if stage == "reference" else batches * epochs,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metareward.config import Iteration, Recipe
+from metareward.config import Iteration, Recipe, TrainSettings
 from metareward.errors import UserError
 from metareward.model.config import ModelConfig
 from metareward.model.flops import inference_flops, step_flops
@@ -24,8 +24,9 @@ from metareward.profiling.plan_time import (
     total_seconds,
     training_memory,
 )
-from metareward.profiling.plan_work import StageWork, all_work
+from metareward.profiling.plan_work import Kind, StageWork, all_work, training_work
 from metareward.training.memory import LargestBatch, memory_of
+from metareward.training.packing import SMALLEST_SHARED
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -48,7 +49,6 @@ ASSUMED = Assumptions(
     parsed_share=1.0,
     actor_pair_share=0.5,
     judge_pair_share=0.4,
-    training_sharing=1.0,
 )
 FAST = Machine("made up", 1, 1e9, 1e9, {"bfloat16": 2e8, "float32": 1e8}, "2.13", "today")
 
@@ -92,21 +92,38 @@ def test_sampling_by_hand() -> None:
 
 def test_training_by_hand() -> None:
     work = work_of(small_recipe())
-    # 5 actor pairs of 20 + 2 x 50 tokens, 4 judge pairs of 70 + 2 x 30 behind a rubric of 100, in 3 batches of 4.
+    # 5 actor pairs of 20 + 2 x 50 tokens, 4 judge pairs of 70 + 2 x 30 behind a rubric of 100, in 3 batches of 4, each
+    # of which fits into one micro-batch.
     train, reference = work["train"], work["reference"]
     assert (train.requests, train.optimizer_steps, reference.optimizer_steps) == (9, 3 * 3, 0)
-    own, shared = 5 * 120 + 4 * 130, 3 * 100 * 4 / 9
+    own, shared = 5 * 120 + 4 * 130, 3 * 100
     assert reference.forward.rows == pytest.approx(own + shared)
     assert train.forward.rows == pytest.approx(3 * (own + shared))
     assert train.forward.logit_rows == pytest.approx(3 * (5 * 100 + 4 * 60))
-    half = {
-        item.stage: item
-        for item in all_work(small_recipe(), LENGTHS, replace(ASSUMED, training_sharing=0.5), 1)
-    }
-    assert half["reference"].forward.rows == pytest.approx(own + shared / 2 + 4 * 100 / 2)
+    assert (reference.forward.passes, train.forward.passes) == (3, 9)
     actor = 20 * 21 / 2 + 2 * (50 * 20 + 50 * 51 / 2)
     judge = 170 * 171 / 2 + 2 * (30 * 170 + 30 * 31 / 2)
-    assert train.forward.pairs == pytest.approx(3 * (5 * actor + 4 * judge))
+    # One of the 4 judge pairs finds its rubric computed.
+    assert train.forward.pairs == pytest.approx(3 * (5 * actor + 4 * judge - 100 * 101 / 2))
+
+
+def test_a_beginning_is_computed_once_in_every_micro_batch_that_has_its_kind() -> None:
+    kinds = [Kind(32, 0, 100, 5050, 10), Kind(32, 100, 100, 20_100, 10)]
+    settings = TrainSettings(micro_batch_tokens=600)
+    # 4 batches of 16 examples of 150 tokens, 4 in a micro-batch; the first kind is a third of the tokens, so three of a batch's
+    # four micro-batches have some of the second.
+    work = training_work("train", 1, kinds, 16, 1, settings, 1).forward
+    assert work.passes == 16
+    assert work.rows == pytest.approx(32 * 100 + 32 * 100 + 4 * 3 * 100)
+    assert work.pairs == pytest.approx(32 * 5050 + 32 * (20_100 - 5050) + 12 * 5050)
+    # Two ranks with two micro-batches each: the second kind is in all four.
+    work = training_work("train", 1, kinds, 16, 1, settings, 2).forward
+    assert work.passes == 16
+    assert work.rows == pytest.approx(6400 + 4 * 4 * 100)
+    # A beginning too short to be shared, and no examples at all.
+    few = [Kind(32, SMALLEST_SHARED - 1, 100, 5050, 10)]
+    assert training_work("train", 1, few, 16, 1, settings, 1).forward.rows == 32 * (99 + SMALLEST_SHARED)
+    assert training_work("train", 1, [Kind(0, 0, 100, 5050, 10)], 16, 1, settings, 1).forward.rows == 0
 
 
 def test_without_a_meta_judge_nothing_is_compared() -> None:
