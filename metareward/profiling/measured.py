@@ -19,6 +19,7 @@ def measured_values(root: Path, machine: Machine | None) -> dict[str, float]:
     Raises:
         UserError: not a run directory, or one without spans.
     """
+    open_existing(root)
     figures = all_figures(read_run(root), machine)
     values = {**text_values(root, figures), **pair_values(root)}
     return values if machine is None else {**values, **reached_values(figures)}

@@ -22,6 +22,7 @@ from metareward.profiling.plan_lengths import measure_lengths
 from metareward.profiling.plan_time import Setting, StagePlan, plan
 from metareward.recipe_files import check, find_recipe, load_recipe
 from metareward.stages.context import sampling_dtype
+from metareward.training.examples import check_batch
 
 
 def make_plan(
@@ -30,12 +31,16 @@ def make_plan(
     """The setting, the plan by stage, the values it stands on, and where those come from that are not defaults.
 
     Raises:
-        UserError: a file is missing or wrong, the model is not on this machine, a value is out of range.
+        UserError: a file is missing or wrong, the model is not on this machine, a value is out of range, a batch does not divide
+            over the GPUs.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: give 1 or more")
     check_given(given)
     recipe = check(load_recipe(find_recipe(name)))
+    check_batch(recipe.train.batch_pairs, gpus, "train.batch_pairs")
+    if recipe.seed.enabled:
+        check_batch(recipe.seed.batch_examples, gpus, "seed.batch_examples")
     folder = local_model(recipe, model)
     known = find_machine(machine)
     device = torch.device("cpu" if known is None else known.kind)

@@ -237,11 +237,13 @@ def test_mistakes_are_answered(tiny_world: Path, tmp_path: Path) -> None:
     recipe = str(tiny_world / "recipe.toml")
     with pytest.raises(UserError, match="--gpus 0"):
         make_plan(recipe, "", None, None, 0, Assumptions())
+    with pytest.raises(UserError, match="does not divide over 1000 processes"):
+        make_plan(recipe, "", None, None, 1000, Assumptions())
     with pytest.raises(UserError, match=r"--assume.judged-share 1.5 is out of range"):
         make_plan(recipe, "", None, None, 1, Assumptions(judged_share=1.5))
     with pytest.raises(UserError, match="downloads nothing"):
         make_plan("llama3-8b.toml", "", None, None, 1, Assumptions())
     with pytest.raises(UserError, match="neither a file nor the exact name"):
         make_plan(recipe, "abacus", None, None, 1, Assumptions())
-    with pytest.raises(UserError, match="has no spans"):
+    with pytest.raises(UserError, match="is not a run directory"):
         make_plan(recipe, "H100 80GB HBM3", tmp_path, None, 1, Assumptions())
