@@ -19,6 +19,7 @@ from metareward.run.step_trace import ChosenSteps
 from metareward.stages.actor_pairs import select_actor_pairs
 from metareward.stages.compare import compare
 from metareward.stages.context import Context
+from metareward.stages.guard import guard
 from metareward.stages.judge import judge
 from metareward.stages.judge_pairs import select_judge_pairs
 from metareward.stages.preflight import preflight
@@ -70,6 +71,7 @@ def iterate(context: Context, number: int, meta_judge: bool) -> None:
     for name in ("respond", "judge", "actor_pairs", *meta_judging, "train"):
         with context.spans.stage(name, number):
             STAGES[name](context, number)
+            guard(context, number, name)
 
 
 def run_seed(context: Context) -> None:
@@ -89,6 +91,7 @@ def run_stage(recipe: Recipe, root: Path, name: str, iteration: int) -> None:
     else:
         with context.spans.stage(name, iteration):
             STAGES[name](context, iteration)
+            guard(context, iteration, name)
     context.close()
 
 

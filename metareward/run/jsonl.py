@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,8 +17,8 @@ from metareward.errors import UserError
 Line = dict[str, Any]
 
 
-def read_jsonl(path: Path) -> list[Line]:
-    """All lines of a complete file that a stage wrote.
+def read_jsonl(path: Path, *, without: Collection[str] = ()) -> list[Line]:
+    """All lines of a complete file that a stage wrote; fields named in `without` are left out, to save their memory.
 
     Raises:
         UserError: naming file and line where one is not valid JSON, which means that something else wrote to it.
@@ -29,12 +29,15 @@ def read_jsonl(path: Path) -> list[Line]:
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 raise UserError(
                     f"{path}, line {number} is not valid JSON: the file was changed after the run wrote it; "
                     f"delete it and run again to make it anew"
                 ) from None
+            for name in without:
+                line.pop(name, None)
+            lines.append(line)
     return lines
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from metareward.preference.bias import (
-    ScoredVerdict,
-    higher_score_preference,
-    position_preference,
-    position_preference_at_equal_scores,
-    score_entropy,
-)
-from metareward.preference.caps import score_class
 from metareward.run.directory import IterationFiles, RunDirectory, open_existing
-from metareward.run.jsonl import Line, read_jsonl
+from metareward.run.figures import comparison_figures, judgment_figures, response_figures
+from metareward.run.jsonl import read_jsonl
 from metareward.run.metrics import read_metrics
 
 WIDTH = 118
@@ -103,75 +95,50 @@ def iteration_figures(run: RunDirectory, number: int, events: list[Figures]) -> 
     """Label -> text, in the order of the table."""
     files = run.iteration(number)
     return {
-        **response_figures(files),
-        **judgment_figures(files),
+        **response_rows(files),
+        **judgment_rows(files),
         **pair_figures(events, number, "actor_pairs"),
-        **comparison_figures(files),
+        **comparison_rows(files),
         **pair_figures(events, number, "judge_pairs"),
         **training_figures(events, number),
         **logprob_figures(events, number),
     }
 
 
-def response_figures(files: IterationFiles) -> Figures:
-    responses = read_jsonl(files.responses)
-    finished = [line for line in responses if line["finished"]]
-    duplicates = sum(line["duplicate_of"] is not None for line in responses)
+def response_rows(files: IterationFiles) -> Figures:
+    found = response_figures(read_jsonl(files.responses, without=["token_ids"]))
     return {
-        "responses": f"{len(responses)} ({len(responses) - len(finished)} unfinished, {duplicates} duplicates)",
-        "response length, characters": average([len(line["text"]) for line in responses], 0),
+        "responses": f"{found.responses} ({found.unfinished} unfinished, {found.duplicates} duplicates)",
+        "response length, characters": decimal(found.length_mean, 0),
     }
 
 
-def judgment_figures(files: IterationFiles) -> Figures:
-    judgments = read_jsonl(files.judgments)
-    scores = [line["score"] for line in judgments if line["score"] is not None]
-    histogram = Counter(score_class(score) for score in scores)
-    by_response: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for line in judgments:
-        if line["score"] is not None:
-            by_response[line["prompt_id"], line["response_id"]].append(line["score"])
+def judgment_rows(files: IterationFiles) -> Figures:
+    found = judgment_figures(read_jsonl(files.judgments, without=["token_ids"]))
     return {
-        "judgments": str(len(judgments)),
-        "parse rate": percent(len(scores), len(judgments)),
-        "judgment length, characters": average([len(line["text"]) for line in judgments], 0),
-        "score mean": average(scores, 2),
-        "scores 0 1 2 3 4 5": " ".join(str(histogram.get(score, 0)) for score in range(6)),
-        "score entropy, nat": decimal(score_entropy({float(key): count for key, count in histogram.items()})),
-        "tie rate": tie_rate(by_response),
+        "judgments": str(found.judgments),
+        "parse rate": share(found.parse_rate),
+        "judgment length, characters": decimal(found.length_mean, 0),
+        "score mean": decimal(found.score_mean),
+        "scores 0 1 2 3 4 5": " ".join(map(str, found.histogram)),
+        "score entropy, nat": decimal(found.entropy),
+        "tie rate": share(found.tie_rate),
     }
 
 
-def tie_rate(by_response: dict[tuple[str, int], list[float]]) -> str:
-    """Share of prompts whose best and worst mean score are equal, among those with two or more scored responses."""
-    means: dict[str, list[float]] = defaultdict(list)
-    for (prompt_id, _), scores in by_response.items():
-        means[prompt_id].append(sum(scores) / len(scores))
-    several = [values for values in means.values() if len(values) >= 2]
-    return percent(sum(max(values) - min(values) < 1e-9 for values in several), len(several))
-
-
-def comparison_figures(files: IterationFiles) -> Figures:
+def comparison_rows(files: IterationFiles) -> Figures:
     if not files.comparisons.is_file():
         return {}
-    scores = {
-        (line["prompt_id"], line["response_id"], line["judgment_id"]): line["score"]
-        for line in read_jsonl(files.judgments)
-    }
-    comparisons = read_jsonl(files.comparisons)
-    verdicts = [scored_verdict(line, scores) for line in comparisons]
+    found = comparison_figures(
+        read_jsonl(files.comparisons), read_jsonl(files.judgments, without=["token_ids", "text"])
+    )
     return {
-        "comparisons": str(len(comparisons)),
-        "readable winners": percent(sum(verdict.winner is not None for verdict in verdicts), len(verdicts)),
-        "position preference (first)": share(position_preference(verdicts)),
-        "  of equal scores": share(position_preference_at_equal_scores(verdicts)),
-        "higher-score preference": share(higher_score_preference(verdicts)),
+        "comparisons": str(found.comparisons),
+        "readable winners": share(found.decided / found.comparisons if found.comparisons else None),
+        "position preference (first)": share(found.first_preference),
+        "  of equal scores": share(found.first_preference_at_equal_scores),
+        "higher-score preference": share(found.higher_score_preference),
     }
-
-
-def scored_verdict(line: Line, scores: dict[tuple[str, int, int], float]) -> ScoredVerdict:
-    key = (line["prompt_id"], line["response_id"])
-    return ScoredVerdict(line["winner"], scores[*key, line["first"]], scores[*key, line["second"]])
 
 
 def pair_figures(events: list[Figures], number: int, stage: str) -> Figures:
@@ -230,17 +197,9 @@ def last(events: list[Figures], event: str, stage: str, number: int) -> Figures 
     return found[-1] if found else None
 
 
-def average(values: list[float] | list[int], digits: int) -> str:
-    return f"{sum(values) / len(values):.{digits}f}" if values else "none"
-
-
-def percent(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "none"
-
-
 def share(value: float | None) -> str:
     return "none" if value is None else f"{value:.1%}"
 
 
-def decimal(value: float | None) -> str:
-    return "none" if value is None else f"{value:.2f}"
+def decimal(value: float | None, digits: int = 2) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"

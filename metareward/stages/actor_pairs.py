@@ -8,17 +8,9 @@ from collections import Counter, defaultdict
 from metareward.preference.drops import DropReason
 from metareward.preference.length_control import Scored, select_actor_pair
 from metareward.run import ranks
+from metareward.run.figures import scores_by_response
 from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.stages.context import Context
-
-
-def scores_of(judgments: list[Line]) -> dict[tuple[str, int], list[float]]:
-    """(prompt_id, response_id) -> the readable scores of its judgments, in the order of the judgments."""
-    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for line in judgments:
-        if line["score"] is not None:
-            scores[line["prompt_id"], line["response_id"]].append(line["score"])
-    return scores
 
 
 def select_actor_pairs(context: Context, iteration: int) -> None:
@@ -33,7 +25,7 @@ def write_actor_pairs(context: Context, iteration: int) -> None:
     # Looked up here, on rank 0: another rank may look so late that the file is there already.
     if files.actor_pairs.is_file():
         return
-    scores = scores_of(read_jsonl(files.judgments))
+    scores = scores_by_response(read_jsonl(files.judgments))
     responses: dict[str, list[Line]] = defaultdict(list)
     for line in read_jsonl(files.responses):
         responses[line["prompt_id"]].append(line)

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 
-from metareward.preference.battle import Verdict, battle_matrix, consistent_only, position_weights
+from metareward.preference.battle import Verdict, battle_matrix, position_weights
 from metareward.preference.caps import cap_score_class
 from metareward.preference.drops import DropReason
 from metareward.preference.elo import elo_scores
 from metareward.preference.judgment_pair import JudgePair, select_judgment_pair
 from metareward.run import ranks
+from metareward.run.figures import Key, verdicts_of
 from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.stages.compare import comparable
 from metareward.stages.context import Context
-
-Key = tuple[str, int]
-"""(prompt_id, response_id)"""
-
-
-def verdicts_of(comparisons: list[Line], consistent: bool) -> dict[Key, list[Verdict]]:
-    """Verdicts by response; with `consistent`, only those that name the same judgment in both orders."""
-    found: dict[Key, list[Verdict]] = defaultdict(list)
-    for line in comparisons:
-        found[line["prompt_id"], line["response_id"]].append(
-            Verdict(line["first"], line["second"], line["winner"])
-        )
-    return {key: consistent_only(verdicts) for key, verdicts in found.items()} if consistent else found
+from metareward.stages.guard import drops_judge_pairs
 
 
 def select_judge_pairs(context: Context, iteration: int) -> None:
@@ -62,6 +51,8 @@ def write_judge_pairs(context: Context, iteration: int) -> None:
     )
     if len(kept) < len(keys):
         dropped["score_class_cap"] = len(keys) - len(kept)
+    if drops_judge_pairs(context, iteration):
+        dropped["collapse_guard"], kept = len(kept), []
     pairs = [pair_line(keys[index], selected[keys[index]]) for index in kept]
     # Before the file, because after it a kill would lose the figures for good.
     context.metrics.event(

@@ -180,7 +180,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
             kind = type(value).__name__
             if (
                 kind in SCALARS
-                and name not in ("loss", "compute_dtype", "activation_checkpointing", "dtype", "page_size")
+                and name
+                not in ("loss", "action", "compute_dtype", "activation_checkpointing", "dtype", "page_size")
                 and draw(st.booleans())
             ):
                 tree[section][name] = draw(SCALARS[kind])
