@@ -19,6 +19,7 @@ import tyro
 from metareward import commands_profile, phases
 from metareward.commands_assess import assess, assess_annotations, assess_judge, assess_responses
 from metareward.commands_files import export, export_answers, export_pairs, import_, import_gguf
+from metareward.commands_report import report, report_after_run, show
 from metareward.config import Recipe
 from metareward.errors import UserError
 
@@ -53,6 +54,8 @@ def run(
         worked = run_loop(settings, run_dir, stop_after)
         if ranks.is_first():
             print_summary(run_dir)
+            if worked:
+                report_after_run(run_dir)
             if stop_after is not None and stop_after < len(settings.iteration):
                 print(
                     f"stopped after {f'iteration {stop_after}' if stop_after else 'the seed stage'}, as asked; "
@@ -111,6 +114,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "summary": summary,
     "profile": commands_profile.profile,
     "plan": commands_profile.plan,
+    "report": report,
+    "show": show,
     "recipes": recipes,
     "assess": assess,
     "export": export,
@@ -130,7 +135,7 @@ DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `metareward` and `python -m metareward`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("torch", "transformers", "httpx"):
+    for noisy in ("torch", "transformers", "httpx", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:

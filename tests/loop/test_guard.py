@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ def test_a_warning_changes_nothing(
         path = Path("iteration-1") / f"{name}.jsonl"
         assert (root / path).read_bytes() == (finished_run / path).read_bytes()
     assert read(root / "iteration-1" / "judge_pairs.jsonl")
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "no report was written: the report needs matplotlib" in done.stdout
+    else:
+        assert f"report: {root / 'report.html'}" in done.stdout
+        page = (root / "report.html").read_text()
+        assert "(guard.min_score_entropy = 1.8)" in page
 
 
 def test_a_stopped_run_goes_on_without_judge_pairs(
