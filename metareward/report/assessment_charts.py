@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from metareward.report import drawing
 from metareward.report.assessments import Figure
@@ -10,6 +11,25 @@ from metareward.report.chart import Chart, Panel
 from metareward.report.data import RunData
 
 LABEL_CHARACTERS = 28
+CHANCE = {"win_rate": 0.5, "spearman": 0.0, "pairwise": 0.5, "accuracy": 0.5}
+"""What a figure is where there is nothing but chance, by its last key."""
+WORDS = {
+    "win_rate": "win rate",
+    "length_controlled": "length-controlled",
+    "spearman": "rank correlation",
+    "pairwise": "pairs put in people's order",
+    "accuracy": "preferred answers scored higher",
+    "sampled": "sampled scores",
+    "expected": "expected scores",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One figure of several models, as (whose it is, the figure). `chance`: see CHANCE."""
+
+    chance: float | None
+    rows: list[tuple[str, drawing.Estimate]] = field(default_factory=list)
 
 
 def win_rates(runs: list[RunData]) -> Chart:
@@ -20,7 +40,6 @@ def win_rates(runs: list[RunData]) -> Chart:
         "chance. Above 50 % is better than the other model, and only an interval that stays above 50 % is more "
         "than luck.",
         lambda figure: figure.is_win_rate,
-        0.5,
         "No win rate has been measured. Make the folder `RUN/assessments`, measure one with "
         "`metareward assess responses ... --json RUN/assessments/NAME.json`, and draw this report again.",
     )
@@ -30,49 +49,50 @@ def agreement(runs: list[RunData]) -> Chart:
     return assessed(
         runs,
         "Judge against people",
-        "How far the judge's scores agree with people's: correlations go from -1 over 0 (none) to 1, shares from "
-        "0 to 1; the line is the interval of chance. They should not sink from one iteration to the next.",
+        "How far the judge's scores agree with people's: correlations go from -1 over 0 (none) to 1; the line is "
+        "the interval of chance, the dashed level what guessing reaches. They should not sink from one iteration to "
+        "the next.",
         lambda figure: figure.is_agreement,
-        None,
         "The judge has not been held against people. Make the folder `RUN/assessments`, do it with "
         "`metareward assess judge ... --json RUN/assessments/NAME.json`, and draw this report again.",
     )
 
 
 def assessed(
-    runs: list[RunData],
-    title: str,
-    sentence: str,
-    wanted: Callable[[Figure], bool],
-    reference: float | None,
-    missing: str,
+    runs: list[RunData], title: str, sentence: str, wanted: Callable[[Figure], bool], missing: str
 ) -> Chart:
     """The figures that are wanted: a panel a figure, a row for each model that it was measured of."""
     panels = []
     for run in runs:
-        for label, rows in rows_by_figure(run, wanted).items():
+        for label, found in rows_by_figure(run, wanted).items():
             svg = drawing.estimates(
-                [short(name) for name, _ in rows],
-                [estimate for _, estimate in rows],
-                percent=reference is not None,
-                reference=reference,
+                [short(name) for name, _ in found.rows],
+                [estimate for _, estimate in found.rows],
+                percent=found.chance == 0.5,
+                reference=found.chance,
             )
             panels.append(Panel(f"{run.label}: {label}" if len(runs) > 1 else label, svg))
     return Chart(title, sentence, panels, missing=missing)
 
 
-def rows_by_figure(
-    run: RunData, wanted: Callable[[Figure], bool]
-) -> dict[str, list[tuple[str, drawing.Estimate]]]:
-    """Name of a figure -> (whose it is, the figure). Where a file is about one model, it is the file's name that tells whose."""
-    found: dict[str, list[tuple[str, drawing.Estimate]]] = {}
+def rows_by_figure(run: RunData, wanted: Callable[[Figure], bool]) -> dict[str, Rows]:
+    """Name of a figure -> the figure. Where a file is about one model, it is the file's name that tells whose."""
+    found: dict[str, Rows] = {}
     for item in run.assessments:
         for figure in item.figures:
             if wanted(figure) and figure.value is not None:
-                label = f"{item.name}: {figure.name}" if figure.subject else figure.name
-                row = (figure.subject or item.name, (figure.value, figure.low, figure.high))
-                found.setdefault(label, []).append(row)
+                told = in_words(figure.name)
+                rows = found.setdefault(
+                    f"{item.name}: {told}" if figure.subject else told, Rows(CHANCE.get(figure.leaf))
+                ).rows
+                rows.append((figure.subject or item.name, (figure.value, figure.low, figure.high)))
     return found
+
+
+def in_words(name: str) -> str:
+    """A figure's name for a reader: the figure, then what it is of."""
+    *of, leaf = [WORDS.get(key, key.replace("_", " ")) for key in name.split(" / ")]
+    return f"{leaf} ({', '.join(of)})" if of else leaf
 
 
 def short(name: str) -> str:

@@ -135,7 +135,9 @@ def bars(
         for index, (values, colour) in enumerate(zip(series.values(), colours, strict=True)):
             places = [place - 0.4 + width * (index + 0.5) for place in range(len(categories))]
             axes.bar(places, [value or 0.0 for value in values], width * 0.92, color=colour)
-        axes.set_xticks(range(len(categories)), categories)
+        # Long names, such as those of stages, would run into each other.
+        crowded = sum(map(len, categories)) > 30
+        axes.set_xticks(range(len(categories)), categories, fontsize=8.5 if crowded else None)
         axes.set_xlabel(label)
         axes.set_ylim(0, highest)
         axes.grid(visible=False, axis="x")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from metareward.errors import UserError
-from metareward.report.assessment_charts import rows_by_figure
+from metareward.report.assessment_charts import Rows, in_words, rows_by_figure
 from metareward.report.assessments import Figure, read_assessments
 from metareward.report.chart import span
 from metareward.report.data import labels_of, quantiles, read_run
@@ -106,11 +106,12 @@ def test_a_list_at_the_top_and_a_file_a_model(run: Path, assess: Callable[[Path,
     assess(run, "iteration-2.json", {"spearman": 0.2})
     found = read_run(run, "run")
     assert rows_by_figure(found, lambda figure: figure.is_win_rate) == {
-        "annotations: win_rate": [("m1", (0.5, None, None)), ("m2", (0.6, None, None))]
+        "annotations: win rate": Rows(0.5, [("m1", (0.5, None, None)), ("m2", (0.6, None, None))])
     }
     assert rows_by_figure(found, lambda figure: figure.is_agreement) == {
-        "spearman": [("iteration-1", (0.1, None, None)), ("iteration-2", (0.2, None, None))]
+        "rank correlation": Rows(0.0, [("iteration-1", (0.1, None, None)), ("iteration-2", (0.2, None, None))])
     }
+    assert in_words("labels / sampled / pairwise") == "pairs put in people's order (labels, sampled scores)"
 
 
 def test_no_assessments(tmp_path: Path) -> None:
