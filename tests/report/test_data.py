@@ -109,7 +109,9 @@ def test_a_list_at_the_top_and_a_file_a_model(run: Path, assess: Callable[[Path,
         "annotations: win rate": Rows(0.5, [("m1", (0.5, None, None)), ("m2", (0.6, None, None))])
     }
     assert rows_by_figure(found, lambda figure: figure.is_agreement) == {
-        "rank correlation": Rows(0.0, [("iteration-1", (0.1, None, None)), ("iteration-2", (0.2, None, None))])
+        "rank correlation": Rows(
+            0.0, [("iteration-1", (0.1, None, None)), ("iteration-2", (0.2, None, None))]
+        )
     }
     assert in_words("labels / sampled / pairwise") == "pairs put in people's order (labels, sampled scores)"
 
