@@ -49,22 +49,26 @@ REMARKS = (
 )
 
 
-def different_judgments(response: str, count: int, chat: Chat) -> list[str]:
-    """So many judgments of `response`, no two alike, each of 60 to 120 tokens."""
+def different_judgments(
+    response: str, count: int, chat: Chat, lengths: tuple[int, int] = TOKENS
+) -> list[str]:
+    """So many judgments of `response`, no two alike, each of so many tokens (least, most)."""
     draw = random.Random(f"judgments of {response}")
     openings = draw.sample(OPENINGS, len(OPENINGS))
     found: dict[str, None] = {}
     while len(found) < count:
-        found[one_judgment(openings[len(found) % len(openings)], response, chat, draw)] = None
+        found[one_judgment(openings[len(found) % len(openings)], response, chat, draw, lengths)] = None
     return list(found)
 
 
-def one_judgment(opening: str, response: str, chat: Chat, draw: random.Random) -> str:
+def one_judgment(
+    opening: str, response: str, chat: Chat, draw: random.Random, lengths: tuple[int, int]
+) -> str:
     score = draw.randint(0, 5)
     met = set(draw.sample(range(len(POINTS)), score))
     points = [met_text if index in met else unmet for index, (met_text, unmet) in enumerate(POINTS)]
     sentences = [opening, *points]
-    low, high = TOKENS
+    low, high = lengths
     wanted = draw.randint(low + 5, high - 15)
     words = re.findall(r"\S+", response)
     for remark in draw.sample(REMARKS, len(REMARKS)):

@@ -33,15 +33,15 @@ def timed_with_peak(call: Callable[[], Result], device: str) -> tuple[Result, fl
         result = call()
         torch.cuda.synchronize()
         return result, perf_counter() - start, torch.cuda.max_memory_allocated() - before
-    known = _reset_high_water_mark()
-    resident = _status("VmRSS")
+    known = reset_high_water_mark()
+    resident = status_bytes("VmRSS")
     start = perf_counter()
     result = call()
     seconds = perf_counter() - start
-    return result, seconds, max(0, _status("VmHWM") - resident) if known else None
+    return result, seconds, max(0, status_bytes("VmHWM") - resident) if known else None
 
 
-def _reset_high_water_mark() -> bool:
+def reset_high_water_mark() -> bool:
     """Give freed memory back, and start VmHWM anew; False where that cannot be done."""
     try:
         # Freed blocks that stay in the heap would be used again unseen.
@@ -52,7 +52,7 @@ def _reset_high_water_mark() -> bool:
     return True
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """Bytes of a field of /proc/self/status; 0 where there is none."""
     try:
         text = (PROCESS / "status").read_text()

@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "numpy", "metareward")
 
 
-def environment() -> dict[str, Any]:
-    """The fields of a record that describe where and with what it was made."""
+def environment(*peers: str) -> dict[str, Any]:
+    """The fields of a record that describe where and with what it was made; `peers` are further packages."""
     return {
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(*peers),
         "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -63,10 +63,10 @@ def file_words(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def versions() -> dict[str, str | None]:
+def versions(*peers: str) -> dict[str, str | None]:
     """Version of Python and of each package; None where one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *peers):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

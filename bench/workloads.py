@@ -170,10 +170,10 @@ def compare(source: Source, *, responses: int = 6, judgments: int = 11, new_toke
     return workload("compare", named(), 1, Recipe().meta_judge, new_tokens)
 
 
-def check_enough(name: str, found: int, wanted: int, what: str) -> None:
+def check_enough(name: str, found: int, wanted: int, what: str, setting: str = "--scale") -> None:
     if found < wanted:
         raise UserError(
-            f"the workload {name} needs {wanted} {what} and the data has {found}: lower --scale or give "
+            f"the workload {name} needs {wanted} {what} and the data has {found}: lower {setting} or give "
             "more data with --data DIR"
         )
 
