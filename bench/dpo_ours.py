@@ -14,9 +14,9 @@ from metareward_kernels.head_chunk import runs_compiled
 from bench.dpo_job import Job
 from bench.dpo_oracle import oracle_steps
 from bench.sides import peak_since, reply, start_peak
+from metareward.model.data_sheets import no_mfu
 from metareward.model.decoder import Decoder
 from metareward.run import ranks
-from metareward.training.flops import no_mfu
 from metareward.training.head_weight import head_weight
 from metareward.training.objectives import pair_objective
 from metareward.training.sharded import load_sharded, reshard

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -54,7 +54,7 @@ def benchmark(
     peer: bool = True,
     peer_batch: int | None = None,
     micro_batch_tokens: int = TrainSettings().micro_batch_tokens,
-    activation_checkpointing: bool = TrainSettings().activation_checkpointing,
+    activation_checkpointing: Literal["none", "selective", "full"] = "full",
     learning_rate: float = TrainSettings().learning_rate,
     profile: bool = False,
     quick: bool = False,
