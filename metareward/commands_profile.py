@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from metareward.profiling.machine import Machine
 
 DEFAULTS = Assumptions()
+BUSY = 1.0
+"""Processes that ran in the last minute, on average, from which `profile --machine` warns."""
 
 
 def profile(
@@ -78,6 +81,11 @@ def measure_machine(path: Path, recipe: str) -> None:
     from metareward.profiling import machine as machines
     from metareward.run import ranks
 
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        print(
+            f"other work has been running here (load {load:.1f}): rates come out too low; measure again when it is done"
+        )
     found = machines.measure(ranks.device())
     if path.is_file():
         known = machines.load(path)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+from metareward.commands_profile import measure_machine
+from metareward.profiling import machine
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +27,20 @@ def test_mistakes_are_one_sentence(metareward, made_run: Path, tmp_path: Path) -
     assert "downloads nothing" in metareward("plan", "llama3-8b.toml").sentence
     assert "there is no recipe" in metareward("plan", "nothing.toml").sentence
     assert "out of range" in metareward("plan", "demo.toml", "--assume.judged-share", "2").sentence
+
+
+@pytest.mark.parametrize("load", [0.2, 6.0])
+def test_a_busy_machine_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, load: float
+) -> None:
+    found = machine.Machine("x", 2, 1e9, 2e9, {"bfloat16": 3e12, "float32": 1e12}, "2.13", "now")
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(machine, "measure", lambda device: found)
+    measure_machine(tmp_path / "machine.json", "")
+    shown = capsys.readouterr().out
+    assert ("other work has been running here (load 6.0)" in shown) == (load > 1)
+    assert "triad 2.0 GB/s" in shown
+    assert machine.load(tmp_path / "machine.json") == found
 
 
 def test_a_stage_then_its_profile(metareward, made_run: Path, tmp_path: Path) -> None:
