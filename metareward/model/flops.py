@@ -105,12 +105,15 @@ def step_flops(
 
     Args:
         work: tokens that go through the blocks and, those of completions, through the head.
-        recompute_blocks: whether activation checkpointing runs every block's forward pass twice.
+        recompute_blocks: whether activation checkpointing computes every block again, all but the block's last product,
+            whose output nothing needs.
         recomputed_head_rows: rows whose logits are computed a second time.
     """
     once = forward_flops(config, work)
-    recomputed = once.dense + once.attention if recompute_blocks else 0.0
-    recomputed += head_flops(config, recomputed_head_rows)
+    recomputed = head_flops(config, recomputed_head_rows)
+    if recompute_blocks:
+        last = 2.0 * work.rows * config.num_layers * config.hidden_size * config.intermediate_size
+        recomputed += once.dense - last + once.attention
     return Flops(3.0 * once.dense, 3.0 * once.attention, 3.0 * once.head, recomputed)
 
 

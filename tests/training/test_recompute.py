@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from metareward.model.flops import Work, attention_flops, step_flops
 from metareward.model.hf_files import load_decoder
 from metareward.model.recompute import Recompute
 from metareward.training.examples import Example
-from metareward.training.packing import pack
+from metareward.training.packing import pack, work_of
 from metareward.training.step import hidden_states
 
 CPU = torch.device("cpu")
@@ -76,3 +78,20 @@ def test_selective_computes_the_cheap_rest_again(
     _, again = counted(models["qwen3"][1], make_examples(3), "selective")
     assert kept["aten::silu"] == 0
     assert again["aten::silu"] == LAYERS
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen3"])
+def test_what_is_computed_again_by_pytorch_s_counter(
+    models: dict[str, tuple[Any, Path]], make_examples: Callable[..., list[Example]], family: str
+) -> None:
+    """The counter knows products and not our attention, whose FLOPs are taken off."""
+    batch, totals = pack(make_examples(3), CPU), []
+    for mode in ("none", "full"):
+        decoder = load_decoder(models[family][1], dtype=torch.float32)
+        decoder.activation_checkpointing = mode
+        with FlopCounterMode(display=False) as counter:
+            hidden_states(decoder, batch).square().sum().backward()
+        totals.append(counter.get_total_flops())
+    work = Work.of(work_of(batch))
+    found = step_flops(decoder.config, work, recompute_blocks=True)
+    assert totals[1] - totals[0] == found.recomputed - attention_flops(decoder.config, work.pairs)
