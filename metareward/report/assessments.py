@@ -88,7 +88,7 @@ def figures_of(tree: Any, path: tuple[str, ...], subject: str = "") -> Iterator[
         for name, value in tree.items():
             yield from figures_of(value, (*path, str(name)), subject)
     elif is_number(tree) and path:
-        yield Figure(subject, " / ".join(path), float(tree))
+        yield Figure(subject, " / ".join(path), tree)
 
 
 def subject_of(entry: dict[str, Any]) -> str:

@@ -155,7 +155,9 @@ def lines(
     limits: tuple[float, float] | None = None,
     whole: bool = False,
 ) -> str:
-    """Lines over x; `reference` is a dashed level with its name, `whole` x are counts such as iterations."""
+    """Lines over steps; `reference` is a dashed level with its name, `whole` marks each x, such as iterations."""
+    from matplotlib.ticker import MaxNLocator
+
     with canvas() as drawn:
         axes = drawn.axes
         for (places, values), colour in zip(series.values(), colours, strict=True):
@@ -181,6 +183,8 @@ def lines(
             places = sorted({x for xs, _ in series.values() for x in xs})
             axes.set_xticks(places, [f"{place:g}" for place in places])
             axes.set_xlim(places[0] - 0.3, places[-1] + 0.3)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         scale(axes.yaxis, percent)
     return drawn.svg
 

@@ -199,10 +199,10 @@ def figure_table(run: RunData) -> tuple[list[int], list[tuple[str, list[str]]]]:
 
 
 def number(value: Any) -> str:
-    """A figure of an assessment as text."""
+    """A figure of an assessment as text; whole numbers are counts."""
     if value is None:
         return "none"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 2 else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
 def with_code(text: str) -> Any:

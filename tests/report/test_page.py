@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from metareward.errors import UserError
-from metareward.report.page import write_report
+from metareward.report.page import number, write_report
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 pytest.importorskip("jinja2", reason="the report needs jinja2")
@@ -215,3 +215,9 @@ def test_a_moved_run_can_still_be_drawn(run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.move(run, moved)
     assert write_report([moved]).is_file()
+
+
+def test_counts_and_shares_are_told_apart() -> None:
+    assert [number(value) for value in (0, 1, 12_000, 0.0, 1.0, 132.2922, None)] == [
+        "0", "1", "12,000", "0.000", "1.000", "132.292", "none",
+    ]  # fmt: skip
