@@ -23,6 +23,8 @@ from metareward.run.jsonl import check_writable, write_text
 from metareward.sampler.request import SamplingParams
 
 Figures = dict[str, Any]
+FEW_READABLE = 0.5
+"""A smaller share of readable verdicts is told apart from the table."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,12 @@ def assess(
     if out is not None:
         write_text(out, json.dumps(figures, indent=2) + "\n")
     show(models, f"Responses against {baseline.name}, judged by {judge.name}", options.resampling.confidence)
+    for item in models:
+        if item["readable"] is not None and item["readable"] < FEW_READABLE:
+            print(
+                f"{item['name']}: only {item['readable']:.0%} of the judge's verdicts could be read, so the figures rest on few "
+                "prompts: choose a larger --judge, or raise --judge-max-new-tokens if its verdicts are cut off"
+            )
     return figures
 
 

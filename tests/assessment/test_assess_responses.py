@@ -115,6 +115,7 @@ def test_a_judge_that_knows_quality(
     shown = capsys.readouterr().out
     for text in ("length-controlled win rate", "good", "bad", "Responses against base, judged by judge"):
         assert text in shown
+    assert "could be read" not in shown
 
 
 def test_a_judge_that_takes_the_first_decides_nothing(
@@ -131,7 +132,9 @@ def test_a_judge_that_says_nothing_gives_no_win_rate(
     script(monkeypatch, "silent")
     (good,) = run(subjects, ["good"], tmp_path)["models"]
     assert (good["win_rate"]["value"], good["left_out"], good["readable"]) == (None, 24, 0.0)
-    assert "too few prompts" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "too few prompts" in shown
+    assert "good: only 0% of the judge's verdicts could be read" in shown
 
 
 def test_the_whole_path_samples_by_prompt_only(subjects: dict[str, Subject], tmp_path: Path) -> None:
