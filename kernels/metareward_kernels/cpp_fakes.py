@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metareward_kernels.segment_gradient import register_gradient
+
 
 def _floats(like: Tensor, rows: int) -> Tensor:
     return torch.empty(rows, dtype=torch.float32, device=like.device)
@@ -196,8 +198,6 @@ def _decoder_layers(
 
 def register() -> None:
     """Attach the fake implementations, and what autograd is to know, to the ops of the loaded library."""
-    from metareward_kernels.segment_attention import register_gradient
-
     register_gradient()
     torch.library.register_fake("metareward::keyed_uniforms_cpp", _keyed_uniforms)
     torch.library.register_fake("metareward::paged_attention_cpp", _paged_attention)

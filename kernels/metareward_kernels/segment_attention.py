@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,25 +133,6 @@ def segment_attention_torch(
     # No tokens: an empty result that still depends on all three.
     out = torch.cat(parts, 2) if parts else query * (key.sum() + value.sum())
     return out.squeeze(0).transpose(0, 1)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, offsets, parents, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, offsets, parents)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = grad if grad.stride(2) == 1 else grad.contiguous()
-    gradients = torch.ops.metareward.segment_attention_backward_cpp(grad, *ctx.saved_tensors, ctx.scale)
-    return (*gradients, None, None, None)
-
-
-def register_gradient() -> None:
-    """Make the compiled op differentiable; once, after the library is loaded."""
-    torch.library.register_autograd(
-        "metareward::segment_attention_cpp", _backward, setup_context=_setup_context
-    )
 
 
 def segment_attention(
