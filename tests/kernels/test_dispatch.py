@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,16 @@ except RuntimeError as error:
 """
 
 
+LOADED = """
+from pathlib import Path
+import torch
+from metareward_kernels import report
+torch.zeros(1 << 20).add_(1).sum()
+report()
+print(*(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line), sep="\\n")
+"""
+
+
 def run_without_library(tmp_path: Path, broken: bytes | None) -> str:
     package = tmp_path / "metareward_kernels"
     package.mkdir()
@@ -152,8 +163,14 @@ def test_a_missing_library_warns_once_and_everything_works(tmp_path: Path, broke
 @needs_library
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_one_openmp_runtime_in_the_process() -> None:
-    torch.zeros(1 << 20).add_(1).sum()
-    report()
-    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    """Ours is PyTorch's own; in a process of its own, because other packages may bring another."""
+    printed = subprocess.run(
+        [sys.executable, "-c", LOADED],
+        env={**os.environ, "PYTHONPATH": str(Path(dispatch.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    paths = set(printed.splitlines())
     assert any("metareward_kernels/_C" in path for path in paths)
     assert len([path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))]) == 1
