@@ -55,7 +55,7 @@ def benchmark(
     peer_batch: int | None = None,
     micro_batch_tokens: int = TrainSettings().micro_batch_tokens,
     activation_checkpointing: Literal["none", "selective", "full"] = "full",
-    learning_rate: float = TrainSettings().learning_rate,
+    learning_rate: float = 1e-6,
     profile: bool = False,
     quick: bool = False,
     model: str = str(ROOT / "models" / "smollm2-135m-instruct"),
@@ -73,7 +73,7 @@ def benchmark(
         peer_batch: TRL's pairs a forward pass; without it the fastest of several settings is looked for.
         micro_batch_tokens: Ours: tokens a forward pass (train.micro_batch_tokens).
         activation_checkpointing: Ours (train.activation_checkpointing).
-        learning_rate: Constant, on both sides and in the oracle.
+        learning_rate: Constant, on both sides and in the oracle, with no warm-up: AdamW moves every weight by all of it at once.
         profile: Print where one more step of ours spends its time (torch.profiler).
         quick: A run of 4 pairs, to see that everything works; its figures say nothing.
         model: A model directory or hub id.
