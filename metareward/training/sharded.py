@@ -19,6 +19,7 @@ from metareward.config import TrainSettings
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.hf_files import iterate_tensors, read_config
+from metareward.training.spread import spread_in_cells_
 
 
 def check_shard_within(shard_within: int, world_size: int) -> None:
@@ -71,7 +72,7 @@ def load_sharded(folder: Path, settings: TrainSettings, device: torch.device, wo
     )
     shard(decoder, mesh, policy)
     decoder.to_empty(device=device)
-    fill(decoder, folder)
+    fill(decoder, folder, spread=settings.compute_dtype == "bfloat16")
     return decoder
 
 
@@ -93,13 +94,16 @@ def shard(decoder: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> N
 
 
 @torch.no_grad()
-def fill(decoder: Decoder, folder: Path) -> None:
-    """Copy every rank's slice of the weights in `folder`, one tensor at a time."""
+def fill(decoder: Decoder, folder: Path, spread: bool = False) -> None:
+    """Copy every rank's slice of the weights in `folder`, one tensor at a time; with `spread`, those of bf16 files are spread
+    over the numbers that round to them."""
     parameters = dict(decoder.named_parameters())
     for name, tensor in iterate_tensors(folder):
         parameter = parameters.pop(name)
         assert isinstance(parameter, DTensor)
         whole = tensor.to(device=parameter.device, dtype=parameter.dtype)
+        if spread and tensor.dtype == torch.bfloat16:
+            whole = spread_in_cells_(whole, name)
         # Every rank reads the file itself, so there is nothing to send (src_data_rank=None).
         mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.to_local().copy_(mine.to_local())
