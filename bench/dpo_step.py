@@ -36,8 +36,8 @@ from metareward.model.chat import Chat
 from metareward.model.locate import locate_model
 
 CHECKED_STEPS = 3
-# The largest batch size of the peer that is tried.
-TRIED_PAIRS = 8
+# Pairs a step while the peer's settings are tried: as many as the largest batch size among them.
+TRIED_PAIRS = 4
 LIMITS = {"fp32": 1e-4, "bf16": 1e-2}
 
 

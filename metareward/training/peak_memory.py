@@ -6,6 +6,8 @@ On a GPU the most bytes of tensors that were allocated in a phase. On a CPU the 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,18 @@ def peak_since_reset(device: torch.device) -> int:
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak
+
+
+def give_back_freed(device: torch.device) -> None:
+    """On a CPU under glibc, hand the memory of freed tensors back to the system.
+
+    The heap keeps it otherwise. Activations are freed in pieces that the optimizer's large tensors do not fit into, so both
+    would count for the peak. A GPU's caching allocator does this itself when it runs out.
+    """
+    if device.type == "cpu":
+        # Other C libraries do not have it.
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from metareward.training.examples import Example
 from metareward.training.head_weight import head_weight, hold_head
 from metareward.training.objectives import Objective, Sums
 from metareward.training.packing import PackedBatch, pack, tree_attention, work_of
+from metareward.training.peak_memory import give_back_freed
 
 
 class TrainingDiverged(UserError):
@@ -89,6 +90,7 @@ def train_step(
         loss, figures = objective.loss(batch, hidden_states(decoder, batch), head_weight(decoder), scale)
         phases.mark("backward")
         loss.backward()
+        give_back_freed(device)
         phases.mark("data")
         if examples:
             totals["tokens"] += batch.tokens
