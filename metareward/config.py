@@ -196,6 +196,13 @@ class TrainSettings:
     start. (ours)"""
     nll_weight: NonNegative = 0.0
     """Adds this times the chosen completion's mean negative log-prob a token to the loss; 0: off. (ours)"""
+    lora_rank: CountOrOff = 0
+    """Rank of the adapters that are trained in place of the weights (LoRA, arXiv 2106.09685; needs metareward[lora]); 0: off,
+    all weights are trained. The seed stage too. (ours: not the paper's)"""
+    lora_alpha: Positive = 32.0
+    """An adapter's product counts lora_alpha / lora_rank times. (ours)"""
+    lora_targets: Literal["all", "attention", "mlp"] = "all"
+    """Matrices of every block that have an adapter: those of attention, of the MLP, or both. (ours)"""
     epochs: Count = 10
     """(paper)"""
     batch_pairs: Count = 32

@@ -18,7 +18,7 @@ from typing import Any
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from metareward.config import EXECUTION_SETTINGS, Iteration, Recipe
+from metareward.config import EXECUTION_SETTINGS, Iteration, Recipe, TrainSettings
 from metareward.errors import UserError
 
 STARTER = "starter:"
@@ -136,6 +136,12 @@ def check(recipe: Recipe) -> Recipe:
         raise UserError(
             f'train.simpo_gamma works with loss = "simpo" only, not "{recipe.train.loss}": set it to 0'
         )
+    for name in ("lora_alpha", "lora_targets"):
+        if not recipe.train.lora_rank and getattr(recipe.train, name) != getattr(TrainSettings(), name):
+            raise UserError(
+                f"train.{name} works with adapters only, and train.lora_rank = 0 has none: set train.lora_rank, or leave "
+                f"train.{name} out"
+            )
     return replace(
         recipe,
         model=replace(recipe.model, name=absolute_if_there(recipe.model.name)),

@@ -99,22 +99,35 @@ def forward_flops(config: ModelConfig, work: Work) -> Flops:
 
 
 def step_flops(
-    config: ModelConfig, work: Work, *, recompute_blocks: bool = False, recomputed_head_rows: float = 0
+    config: ModelConfig,
+    work: Work,
+    *,
+    recompute_blocks: bool = False,
+    recomputed_head_rows: float = 0,
+    adapter_weights: int = 0,
 ) -> Flops:
-    """Forward and backward of a training step with all weights trained: three times the forward pass.
+    """Forward and backward of a training step: three times the forward pass with all weights trained.
+
+    With adapters (LoRA) all but these is frozen: no product for a frozen matrix's own gradient. The gradient by the embedding
+    counts as computed, though the first block then needs none.
 
     Args:
         work: tokens that go through the blocks and, those of completions, through the head.
         recompute_blocks: whether activation checkpointing computes every block again, all but the block's last product,
             whose output nothing needs.
         recomputed_head_rows: rows whose logits are computed a second time.
+        adapter_weights: of one block's adapters; 0: all weights are trained.
     """
     once = forward_flops(config, work)
+    adapters = 2.0 * work.rows * config.num_layers * adapter_weights
     recomputed = head_flops(config, recomputed_head_rows)
     if recompute_blocks:
         last = 2.0 * work.rows * config.num_layers * config.hidden_size * config.intermediate_size
-        recomputed += once.dense - last + once.attention
-    return Flops(3.0 * once.dense, 3.0 * once.attention, 3.0 * once.head, recomputed)
+        recomputed += once.dense - last + adapters + once.attention
+    products = 2.0 if adapter_weights else 3.0
+    return Flops(
+        products * once.dense + 3.0 * adapters, 3.0 * once.attention, products * once.head, recomputed
+    )
 
 
 def read_weights(config: ModelConfig) -> int:

@@ -82,6 +82,7 @@ def phase_cost(stage: StageTime, phase: str, config: ModelConfig, ranks: int) ->
     """(FLOPs, least bytes) of a phase over all ranks."""
     counts = stage.counts.get(phase, {})
     itemsize = ITEMSIZE[stage.notes["dtype"]]
+    adapters = int(stage.notes.get("adapter_parameters", 0))
     if phase in SAMPLING:
         work = Work.of(counts)
         return inference_flops(config, work), inference_bytes(config, work, itemsize)
@@ -91,11 +92,15 @@ def phase_cost(stage: StageTime, phase: str, config: ModelConfig, ranks: int) ->
         work = Work.of(stage.counts.get("forward", {}))
         forward = forward_flops(config, work).model
         # A fused head makes its gradients, twice the FLOPs of its logits, as soon as it has the logits.
-        forward += 2.0 * head_flops(config, work.fused_rows)
-        return (forward if phase == "forward" else step_flops(config, work).model - forward), 0.0
+        # With adapters the head is frozen: of its gradients that by the hidden states alone is made.
+        forward += (1.0 if adapters else 2.0) * head_flops(config, work.fused_rows)
+        forward += 2.0 * work.rows * adapters
+        step = step_flops(config, work, adapter_weights=adapters // config.num_layers).model
+        return (forward if phase == "forward" else step - forward), 0.0
     if phase == "optimizer":
         # Every rank updates its part of the parameters.
-        return 0.0, optimizer_bytes(parameter_count(config)) * counts.get("passes", 0) / ranks
+        trained = adapters or parameter_count(config)
+        return 0.0, optimizer_bytes(trained) * counts.get("passes", 0) / ranks
     return 0.0, 0.0
 
 

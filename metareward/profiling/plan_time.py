@@ -21,6 +21,7 @@ from metareward.profiling.figures import ITEMSIZE
 from metareward.profiling.machine import Machine
 from metareward.profiling.plan_lengths import Lengths
 from metareward.profiling.plan_work import StageWork, all_work
+from metareward.training.lora import adapter_parameters
 from metareward.training.memory import LargestBatch, memory_of
 
 GIB = 2**30
@@ -89,16 +90,22 @@ def sampling_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> d
 def training_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> dict[str, float]:
     machine, config, gpus = setting.machine, setting.config, setting.gpus
     assert machine is not None
-    count = forward_flops if work.stage == "reference" else step_flops
+    adapters = adapter_parameters(config, setting.recipe.train)
+    counted = (
+        forward_flops(config, work.forward)
+        if work.stage == "reference"
+        else step_flops(config, work.forward, adapter_weights=adapters // config.num_layers)
+    )
     rate = machine.rate(setting.recipe.train.compute_dtype)
     parameters = parameter_count(config)
-    parts = {"compute": count(config, work.forward).model / rate / gpus / assumed.train_reached}
+    trained = adapters or parameters
+    parts = {"compute": counted.model / rate / gpus / assumed.train_reached}
     if work.stage == "reference":
         return parts
-    update = optimizer_bytes(parameters) / machine.bandwidth / gpus
+    update = optimizer_bytes(trained) / machine.bandwidth / gpus
     parts["optimizer"] = update * work.optimizer_steps / assumed.optimizer_reached
     checkpoints = max(0, (int(work.optimizer_steps) - 1) // setting.recipe.train.checkpoint_steps)
-    parts["checkpoint"] = 12.0 * parameters * checkpoints / gpus / assumed.load_rate
+    parts["checkpoint"] = 12.0 * trained * checkpoints / gpus / assumed.load_rate
     parts["load"] = (4.0 + ITEMSIZE[setting.recipe.save_dtype]) * parameters / assumed.load_rate
     return parts
 
@@ -169,4 +176,5 @@ def disk_bytes(setting: Setting, plans: list[StagePlan]) -> tuple[float, float]:
     # A sampled token is about four characters of text and six of its id in JSON; a line has about 150 more.
     text = sum(10.0 * item.work.new_tokens + 150.0 * item.work.requests for item in plans)
     keeps = any(item.work.optimizer_steps > recipe.train.checkpoint_steps for item in plans)
-    return models + text, (recipe.train.keep_checkpoints + 1) * 12.0 * parameters if keeps else 0.0
+    trained = adapter_parameters(setting.config, recipe.train) or parameters
+    return models + text, (recipe.train.keep_checkpoints + 1) * 12.0 * trained if keeps else 0.0

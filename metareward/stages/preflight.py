@@ -14,6 +14,7 @@ from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
 from metareward.stages.respond import render_prompts
 from metareward.training.examples import check_batch
+from metareward.training.lora import check_lora
 from metareward.training.sharded import check_shard_within
 
 
@@ -24,6 +25,7 @@ def preflight(context: Context) -> None:
     if recipe.seed.enabled:
         check_batch(recipe.seed.batch_examples, ranks.world_size(), "seed.batch_examples")
     check_shard_within(recipe.train.shard_within, ranks.world_size())
+    check_lora(recipe.train)
     ranks.on_first(lambda: check_files(context))
 
 

@@ -63,7 +63,8 @@ def seed(context: Context) -> None:
     data = training_set(context, 0, examples, training)
     check_training_memory(context, 0, "seed", policy, data, training)
     context.spans.mark("load")
-    decoder = load_sharded(policy, training, ranks.device(), ranks.world_size())
+    adapter_seed = (context.recipe.random_seed, 0)
+    decoder = load_sharded(policy, training, ranks.device(), ranks.world_size(), adapter_seed)
     context.spans.mark("data")
     run_training(context, 0, "seed", policy, decoder, data, sft_objective(), training)
 

@@ -24,6 +24,7 @@ from metareward.stages.context import Context
 from metareward.stages.preference_set import preference_examples
 from metareward.stages.training_memory import check_training_memory
 from metareward.training.examples import DataOrder, Example, check_batch
+from metareward.training.lora import adapter_parameters
 from metareward.training.losses import uses_reference
 from metareward.training.objectives import Objective, pair_objective
 from metareward.training.sharded import load_sharded, whole_tensors
@@ -46,7 +47,8 @@ def train_policy(context: Context, iteration: int) -> None:
     data = training_set(context, iteration, examples, settings)
     check_training_memory(context, iteration, "train", policy, data, settings)
     spans.mark("load")
-    decoder = load_sharded(policy, settings, ranks.device(), ranks.world_size())
+    adapter_seed = (context.recipe.random_seed, iteration)
+    decoder = load_sharded(policy, settings, ranks.device(), ranks.world_size(), adapter_seed)
     digest = ranks.on_first(lambda: weights_digest(policy))
     spans.mark("data")
     if not ranks.on_first(files.reference.is_file):
@@ -187,7 +189,9 @@ def run_training(
 
 def model_facts(decoder: Decoder, settings: TrainSettings) -> dict[str, Any]:
     """What the stage profile needs to know of the model."""
-    return {"model": decoder.config.hf, "dtype": settings.compute_dtype}
+    facts = {"model": decoder.config.hf, "dtype": settings.compute_dtype}
+    adapters = adapter_parameters(decoder.config, settings)
+    return {**facts, "adapter_parameters": adapters} if adapters else facts
 
 
 def is_trained(files: IterationFiles) -> bool:

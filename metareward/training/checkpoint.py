@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
@@ -30,7 +30,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def state_of(decoder: Decoder, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
     """The state after `step` optimizer steps, under names that do not depend on the number of ranks. No copies."""
-    model_state, optimizer_state = get_state_dict(decoder, optimizer)
+    model_state, optimizer_state = get_state_dict(decoder, optimizer, options=trained_only(decoder))
     return {"model": model_state, "optimizer": optimizer_state, "step": torch.tensor(step)}
 
 
@@ -60,8 +60,22 @@ def load_checkpoint(folder: Path, decoder: Decoder, optimizer: torch.optim.Optim
         raise UserError(
             f"the checkpoint {found[-1]} cannot be read ({first_line(cause)}): delete that folder and run again{others}"
         ) from error
-    set_state_dict(decoder, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        decoder,
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=trained_only(decoder),
+    )
     return int(state["step"])
+
+
+def trained_only(decoder: Decoder) -> StateDictOptions:
+    """Frozen weights are in no checkpoint: the model's own files have them. What is trained must be there, all of it: `dcp.load`
+    sees to that before weights are set, so a state without the frozen ones may then be less than the model.
+    """
+    everything = all(parameter.requires_grad for parameter in decoder.parameters())
+    return StateDictOptions(ignore_frozen_params=True, strict=everything)
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -19,6 +19,7 @@ from metareward.config import TrainSettings
 from metareward.model.config import ModelConfig
 from metareward.model.decoder import parameter_shapes
 from metareward.training.examples import Example
+from metareward.training.lora import adapter_parameters
 
 FLOAT = 4  # bytes of a float32: master weights, gradients, optimizer state, residual stream
 # The compiled attention's backward pass: float32 sums of dQ for each stretch of so many keys, for so many stretches at most.
@@ -114,6 +115,8 @@ def memory_of(
     shapes = parameter_shapes(config).values()
     parameters = sum(math.prod(shape) for shape in shapes)
     shard = math.ceil(parameters / (settings.shard_within or world_size))
+    adapters = adapter_parameters(config, settings)
+    trained = math.ceil(adapters / (settings.shard_within or world_size)) if adapters else shard
     bytes_ = 2 if settings.compute_dtype == "bfloat16" else FLOAT
     in_place = compiled("segment_attention", device_type)
     layer = kept_by_layer(config, largest, bytes_, in_place)
@@ -126,18 +129,18 @@ def memory_of(
     head_rows = min(chunk_size(torch.device(device_type)), largest.targets)
     copied = settings.async_checkpoints and device_type == "cpu" and steps > settings.checkpoint_steps
     return MemoryEstimate(
-        weights=FLOAT * shard,
-        gradients=FLOAT * shard,
-        optimizer=2 * FLOAT * shard,
-        copy=3 * FLOAT * shard if copied else 0,
-        gathered=gathered(config, parameters, bytes_),
+        weights=FLOAT * (shard + (trained if adapters else 0)),
+        gradients=FLOAT * trained,
+        optimizer=2 * FLOAT * trained,
+        copy=3 * FLOAT * trained if copied else 0,
+        gathered=gathered(config, parameters, bytes_, frozen=adapters > 0),
         activations=config.num_layers * kept + rows_of_head(config, largest, bytes_),
         work=max(
             again + layer_backward(config, largest, bytes_, in_place),
             head_rows * config.vocab_size * logit_bytes(bytes_, device_type),
         ),
         # The square roots of the second moments, of all weights together.
-        update=FLOAT * shard,
+        update=FLOAT * trained,
     )
 
 
@@ -192,16 +195,18 @@ def rows_of_head(config: ModelConfig, batch: LargestBatch, bytes_: int) -> int:
     return batch.targets * config.hidden_size * (2 * FLOAT + 2 * bytes_)
 
 
-def gathered(config: ModelConfig, parameters: int, bytes_: int) -> int:
+def gathered(config: ModelConfig, parameters: int, bytes_: int, frozen: bool = False) -> int:
     """Whole weights and gradients of the units at work: the head (or the embedding tied to it) and two blocks.
 
     The head's weight is in the compute dtype; its gradient is there in float32, as it was summed over rows, in the compute dtype,
     as autograd hands it on, and in float32 again, as it is reduced. A block: its weights, those of the next, and its
-    gradient in both dtypes.
+    gradient in both dtypes. Frozen weights have no gradients.
     """
     head = config.vocab_size * config.hidden_size
     others = parameters - head * (1 if config.tie_word_embeddings else 2)
     block = others // config.num_layers
+    if frozen:
+        return bytes_ * (head + 2 * block)
     return head * (2 * bytes_ + 2 * FLOAT) + block * (3 * bytes_ + FLOAT)
 
 

@@ -105,7 +105,9 @@ def pair_objective(settings: TrainSettings, reference: Mapping[str, tuple[float,
         found = preference(batch, hidden, head, fixed, compute, scale)
         return found.loss, pair_figures(settings, batch, found, fixed)
 
-    return Objective(lambda example: 1.0, loss, report_pairs, rows_of_long_pairs, fused_head=True)
+    # A frozen head has no gradient that would need the loss first.
+    recomputed = (lambda batch: 0) if settings.lora_rank else rows_of_long_pairs
+    return Objective(lambda example: 1.0, loss, report_pairs, recomputed, fused_head=True)
 
 
 def rows_of_long_pairs(batch: PackedBatch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -12,16 +13,17 @@ from metareward.model.decoder import Decoder
 
 
 def build_optimizer(decoder: Decoder, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, as is customary (norms and biases are vectors)."""
+    """AdamW on what requires gradients; weight decay on matrices only, as is customary (norms and biases are vectors)."""
     assert all(isinstance(parameter, DTensor) for parameter in decoder.parameters()), (
         "weights are not sharded now"
     )
-    matrices = [parameter for parameter in decoder.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in decoder.parameters() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    trained = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    # Adapters are matrices all.
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     betas = (settings.adam_beta1, settings.adam_beta2)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, foreach=True)
 

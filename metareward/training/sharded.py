@@ -6,7 +6,7 @@ and given up one by one; the root is left with the final norm. Has run on CPU ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from metareward.config import TrainSettings
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.hf_files import iterate_tensors, read_config
+from metareward.training.lora import add_adapters, checkpoint_name, fill_adapters, is_adapter, merged
 from metareward.training.spread import spread_in_cells_
 
 
@@ -50,10 +51,17 @@ def training_mesh(device_type: str, world_size: int, shard_within: int) -> Devic
     return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def load_sharded(folder: Path, settings: TrainSettings, device: torch.device, world_size: int) -> Decoder:
+def load_sharded(
+    folder: Path,
+    settings: TrainSettings,
+    device: torch.device,
+    world_size: int,
+    adapter_seed: Sequence[int] = (),
+) -> Decoder:
     """The decoder of a Hugging Face directory, sharded over all ranks or, by `train.shard_within`, over groups of them.
 
-    Parameters are float32 DTensors; blocks compute in `settings.compute_dtype`, gradients are reduced in float32.
+    Parameters are float32 DTensors; blocks compute in `settings.compute_dtype`, gradients are reduced in float32. With
+    `settings.lora_rank` only adapters require gradients, and `adapter_seed` decides where they start.
 
     Raises:
         UserError: `train.shard_within` does not divide the number of ranks.
@@ -61,6 +69,8 @@ def load_sharded(folder: Path, settings: TrainSettings, device: torch.device, wo
     mesh = training_mesh(device.type, world_size, settings.shard_within)
     with torch.device("meta"):
         decoder = Decoder(read_config(folder)).float()
+        if settings.lora_rank:
+            add_adapters(decoder, settings)
     decoder.activation_checkpointing = settings.activation_checkpointing
     # Inputs are ids, positions and float32 rotary tables: casting them would only lose precision.
     policy = (
@@ -73,6 +83,8 @@ def load_sharded(folder: Path, settings: TrainSettings, device: torch.device, wo
     shard(decoder, mesh, policy)
     decoder.to_empty(device=device)
     fill(decoder, folder, spread=settings.compute_dtype == "bfloat16")
+    if settings.lora_rank:
+        fill_adapters(decoder, adapter_seed)
     return decoder
 
 
@@ -97,7 +109,11 @@ def shard(decoder: Decoder, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> N
 def fill(decoder: Decoder, folder: Path, spread: bool = False) -> None:
     """Copy every rank's slice of the weights in `folder`, one tensor at a time; with `spread`, those of bf16 files are spread
     over the numbers that round to them."""
-    parameters = dict(decoder.named_parameters())
+    parameters = {
+        checkpoint_name(name): parameter
+        for name, parameter in decoder.named_parameters()
+        if not is_adapter(name)
+    }
     for name, tensor in iterate_tensors(folder):
         parameter = parameters.pop(name)
         assert isinstance(parameter, DTensor)
@@ -121,7 +137,13 @@ def reshard(decoder: Decoder) -> None:
 
 
 def whole_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """(name, full tensor on the CPU) one by one. A collective: every rank must consume it to the end."""
+    """(name, full tensor on the CPU) one by one, as a model's files have them: adapters are merged into their matrices.
+
+    A collective: every rank must consume it to the end.
+    """
     for name, parameter in decoder.named_parameters():
+        if is_adapter(name):
+            continue
         value = parameter.detach()
-        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        yield checkpoint_name(name), merged(decoder, name, whole).cpu()

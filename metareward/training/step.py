@@ -15,6 +15,7 @@ from metareward.model.flops import Flops, Work, step_flops
 from metareward.phases import UNRECORDED, Phases
 from metareward.training.examples import Example
 from metareward.training.head_weight import head_weight, hold_head
+from metareward.training.lora import adapter_weights
 from metareward.training.objectives import Objective, Sums
 from metareward.training.packing import PackedBatch, pack, tree_attention, work_of
 from metareward.training.peak_memory import give_back_freed
@@ -132,6 +133,7 @@ def flops_of(decoder: Decoder, objective: Objective, batch: PackedBatch) -> Flop
         Work.of(work_of(batch)),
         recompute_blocks=decoder.activation_checkpointing == "full",
         recomputed_head_rows=objective.recomputed_rows(batch),
+        adapter_weights=adapter_weights(decoder),
     )
 
 

@@ -118,6 +118,11 @@ def test_wrong_types_and_ranges_name_the_setting(toml: str, setting: str) -> Non
             {"train": {"loss": "dpo_norm", "simpo_gamma": 0.5}},
             r"train\.simpo_gamma works with loss = \"simpo\" only",
         ),
+        (
+            {"train": {"lora_alpha": 16.0}},
+            r"train\.lora_alpha works with adapters only, .* set train\.lora_rank",
+        ),
+        ({"train": {"lora_targets": "mlp"}}, r"train\.lora_targets works with adapters only"),
     ],
 )
 def test_combinations_that_cannot_work(change: dict[str, Any], said: str) -> None:
@@ -132,6 +137,7 @@ def test_combinations_that_cannot_work(change: dict[str, Any], said: str) -> Non
         {"loss": "dpo_norm", "beta": 5.0, "label_smoothing": 0.1},
         {"loss": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "label_smoothing": 0.1, "nll_weight": 0.2},
         {"loss": "sppo", "beta": 0.001},
+        {"lora_rank": 8, "lora_alpha": 16.0, "lora_targets": "attention"},
     ],
 )
 def test_settings_of_a_loss_go_with_it(train: dict[str, Any]) -> None:
@@ -181,7 +187,15 @@ def recipes(draw: st.DrawFn) -> Recipe:
             if (
                 kind in SCALARS
                 and name
-                not in ("loss", "action", "compute_dtype", "activation_checkpointing", "dtype", "page_size")
+                not in (
+                    "loss",
+                    "lora_targets",
+                    "action",
+                    "compute_dtype",
+                    "activation_checkpointing",
+                    "dtype",
+                    "page_size",
+                )
                 and draw(st.booleans())
             ):
                 tree[section][name] = draw(SCALARS[kind])

@@ -152,7 +152,7 @@ def run_script(name: str, *arguments: str) -> None:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True, timeout=1200)

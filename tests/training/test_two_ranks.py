@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,8 @@ from metareward.config import TrainSettings
 from metareward.training.examples import Example
 
 TIMING = {"seconds", "tokens_per_s", "tflops", "recomputed_tflops"}
+WITHOUT_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+NAMES = ["pairs", "untied", "sft", pytest.param("lora", marks=WITHOUT_PEFT)]
 Jobs = dict[str, dict[str, Any]]
 Outcomes = dict[str, list[dict[str, Any]]]
 
@@ -43,7 +46,12 @@ def jobs(
 
     once = replace(settings, epochs=1)
     wide = replace(once, batch_pairs=6, micro_batch_tokens=40, activation_checkpointing="selective")
-    return {
+    adapters = {}
+    if find_spec("peft") is not None:
+        adapters["lora"] = job(
+            "lora", model=untied, examples=make_examples(9), settings=replace(wide, epochs=2, lora_rank=3)
+        )
+    return adapters | {
         "pairs": job("pairs"),
         # Nine examples in batches of six, one a micro-batch: the ranks have unequal numbers of micro-batches.
         "untied": job("untied", model=untied, examples=make_examples(9), settings=wide),
@@ -79,7 +87,7 @@ def one(jobs: Jobs, worker: ModuleType, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
-@pytest.mark.parametrize("name", ["pairs", "untied", "sft"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_equal_one(two: Outcomes, one: Callable[[str], Any], worker: ModuleType, name: str) -> None:
     wanted = one(name)
     assert wanted.steps
@@ -94,7 +102,7 @@ def test_two_ranks_equal_one(two: Outcomes, one: Callable[[str], Any], worker: M
         worker.check_equal(outcome, wanted)
 
 
-@pytest.mark.parametrize("name", ["pairs", "untied", "sft"])
+@pytest.mark.parametrize("name", NAMES)
 def test_ranks_agree(two: Outcomes, name: str) -> None:
     left, right = two[name]
     assert [{key: value for key, value in step.items() if key not in TIMING} for step in left["steps"]] == [
