@@ -109,6 +109,11 @@ def _forced() -> str | None:
     return value
 
 
+def is_plain() -> bool:
+    """Whether METAREWARD_KERNELS asks for plain PyTorch."""
+    return _forced() == "torch"
+
+
 def _missing_for_triton(op: str, device: str) -> str | None:
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"the Triton ops run on CUDA, not on {device}"

@@ -9,6 +9,7 @@ query heads that share a key head, never repeats or copies keys for them, keeps 
 scores and weights once in the backward pass; scores, softmax and sums are fp32. With bf16 inputs on CPUs that multiply
 bf16 it rounds the weights and their gradients to bf16 for the products, as flash-attention does. The backward pass
 holds fp32 partial sums of dQ: [T,Hq,D] for each stretch of some 512 keys that a query sees, and never more than about ten.
+On a GPU one call of a variable-length flash kernel serves all segments (`segment_varlen`), where there is one for the dtype.
 The PyTorch path is one scaled_dot_product_attention a segment. It runs on any device.
 """
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metareward_kernels import dispatch
+from metareward_kernels.segment_varlen import VarlenLayout, kernel_for, layout_of, segment_attention_varlen
 
 
 def _tree_lists(offsets: Tensor, parents: Tensor) -> tuple[list[int], list[int]]:
@@ -62,6 +64,7 @@ class SegmentTree:
     )
     parents: Tensor  # [S] the segment that s continues, an earlier one; -1: none
     _masks: dict[tuple[int, int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _layouts: dict[torch.device, VarlenLayout] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         _tree_lists(self.offsets, self.parents)
@@ -95,6 +98,12 @@ class SegmentTree:
             square = torch.ones(length, length, dtype=torch.bool, device=device).tril()
             self._masks[key] = F.pad(square, (context, 0), value=True)
         return self._masks[key]
+
+    def layout(self, device: torch.device) -> VarlenLayout:
+        """What a variable-length kernel is told of the segments. Made once for all layers."""
+        if device not in self._layouts:
+            self._layouts[device] = layout_of(self, device)
+        return self._layouts[device]
 
 
 def segment_attention_torch(
@@ -151,7 +160,8 @@ def segment_attention(
     on the compiled path, whatever the number of threads. A value that is not finite stays within the sequences that hold
     it: forward in those that see it, backward in all their tokens.
     float32 and bfloat16 on the CPU run compiled, other dtypes there in PyTorch unless the compiled op is forced, which
-    raises. Every other device runs in PyTorch, whatever is forced: it has no other path (and has never run on a GPU).
+    raises. float16 and bfloat16 on a GPU run by flash-attn's or PyTorch's variable-length kernel, unless plain PyTorch is
+    forced; everything else in PyTorch. No GPU path has ever run on one.
     Raises TypeError or ValueError for inputs that do not fit together.
     """
     if not (query.dtype == key.dtype == value.dtype and query.is_floating_point()):
@@ -179,6 +189,9 @@ def segment_attention(
         return dispatch.unsupported_dtype(implementation, query.dtype)
 
     on_cpu = query.device.type == "cpu"
+    varlen = kernel_for(query)
+    if varlen is not None:
+        return segment_attention_varlen(query, key, value, segments.layout(query.device), scale, varlen[1])
     if not on_cpu or dispatch.implementation("segment_attention", "cpu", unsupported) != "cpp":
         return segment_attention_torch(query, key, value, segments, scale)
     query, key, value = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))

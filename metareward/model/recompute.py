@@ -36,7 +36,10 @@ def is_attention(op: Any) -> bool:
     """PyTorch's fused attention, ours, or flash-attn's; an op that writes into its arguments cannot be kept."""
     if op in ATTENTION:
         return True
-    named = op.namespace == "flash_attn" or (op.namespace == "metareward" and "attention" in str(op))
+    # torch_attn: PyTorch's variable-length attention.
+    named = op.namespace in ("flash_attn", "torch_attn") or (
+        op.namespace == "metareward" and "attention" in str(op)
+    )
     return named and not op._schema.is_mutable
 
 

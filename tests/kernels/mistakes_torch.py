@@ -24,6 +24,7 @@ TORCH_TREE = room(
     "float32_matches_the_reference[torch-depth three]",
     "strided_inputs_and_gradients[torch]",
 )
+VARLEN = room("segment_varlen", "the_layout_is_the_tree[depth three]")
 TORCH_DPO = room("dpo_loss", "check[losses_rewards_and_gradients]", "check[sums_are_rounded_once]")
 
 MISTAKES = [
@@ -169,6 +170,22 @@ MISTAKES = [
         "is_causal=True, scale=scale",
         "is_causal=True",
         TORCH_TREE,
+        "torch",
+    ),
+    Mistake(
+        "segments, variable length: ancestors are not gathered",
+        "segment_varlen.py",
+        "(*above, own)",
+        "(own,)",
+        VARLEN,
+        "torch",
+    ),
+    Mistake(
+        "segments, variable length: the keys begin where the queries do",
+        "segment_varlen.py",
+        "offsets(counts).to(device)",
+        "offsets(queries).to(device)",
+        VARLEN,
         "torch",
     ),
 ]

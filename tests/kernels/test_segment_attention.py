@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -13,20 +12,11 @@ from metareward_kernels import SegmentTree, implementation, reference, segment_a
 from metareward_kernels.segment_attention import segment_attention_torch
 from torch import Tensor
 
+from tests.kernels.segment_checks import TREES, check, exact, make, run
+
 HAS_CPP = implementation("segment_attention") == "cpp"
 needs_library = pytest.mark.skipif(not HAS_CPP, reason="the compiled library is not built")
 HEADS = [(1, 1), (3, 1), (4, 1), (6, 2), (3, 3)]
-TREES: dict[str, tuple[list[int], list[int]]] = {
-    "one token": ([1], [-1]),
-    "one sequence": ([133], [-1]),
-    "pair": ([70, 21, 34], [-1, 0, 0]),
-    "one-token segments": ([1, 1, 1, 1], [-1, 0, 1, 1]),
-    "several roots": ([5, 40, 17, 1, 9], [-1, -1, 1, 0, 3]),
-    "depth three": ([130, 20, 3, 40, 1, 17, 5], [-1, 0, 1, 1, 0, 4, 4]),
-    "empty segments": ([0, 30, 0, 12, 0], [-1, 0, 1, 2, 3]),
-    "odd lengths past every block": ([129, 3, 257], [-1, 0, 0]),
-    "keys of two units": ([700, 31], [-1, 0]),
-}
 
 
 @pytest.fixture(params=["cpp", "torch"])
@@ -42,53 +32,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def make(
-    tokens: int, heads: tuple[int, int], dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[list[Tensor], Tensor]:
-    """Query, key and value, and a gradient of the result."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(count: int) -> Tensor:
-        return torch.randn(tokens, count, dim, generator=generator, dtype=torch.float64).to(dtype)
-
-    return [draw(heads[0]), draw(heads[1]), draw(heads[1])], draw(heads[0])
-
-
-def run(attention: Any, inputs: list[Tensor], tree: SegmentTree, scale: float, grad: Tensor) -> list[Tensor]:
-    """The result and the gradients of query, key and value."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = attention(*leaves, tree, scale)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def exact(inputs: list[Tensor], tree: SegmentTree, scale: float, grad: Tensor) -> list[Tensor]:
-    return run(reference.segment_attention, [x.double() for x in inputs], tree, scale, grad.double())
-
-
-def check(
-    found: list[Tensor],
-    wanted: list[Tensor],
-    largest: float,
-    mean: float | None = None,
-    *,
-    terms: float = 1.0,
-    channels: slice = slice(None),
-) -> None:
-    """Error of every entry relative to the largest one; of the whole relative to the norm.
-
-    terms: scale * sqrt(D), the size of what cancels in the gradients of query and key, down to 0 in a sequence of one token.
-    channels: those of query and key that are compared.
-    """
-    for name, ours, true in zip(("out", "query", "key", "value"), found, wanted, strict=True):
-        assert ours.shape == true.shape
-        size = 1e-3
-        if name in ("query", "key"):
-            ours, true, size = ours[..., channels], true[..., channels], terms
-        error = ours.double() - true
-        assert error.abs().max() <= largest * true.abs().max().clamp(min=size), name
-        assert mean is None or error.norm() <= mean * true.norm().clamp(min=size), name
 
 
 def separate(query: Tensor, key: Tensor, value: Tensor, tree: SegmentTree, scale: float) -> Tensor:
@@ -316,67 +259,3 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
     wanted = scores.masked_fill(~reference.visible_tokens(tree), float("-inf")).logsumexp(-1).T
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), wanted, rtol=1e-6, atol=1e-6)
-
-
-def int32(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("offsets", "parents", "error", "message"),
-    [
-        (int32(0, 4), int32(0), ValueError, "earlier segment, or -1"),
-        (int32(0, 4), int32(-2), ValueError, "earlier segment, or -1"),
-        (int32(0, 4, 2), int32(-1, 0), ValueError, "rise from 0"),
-        (int32(1, 4), int32(-1), ValueError, "rise from 0"),
-        (int32(0, 4), int32(-1, 0), ValueError, r"offsets \[S\+1\]"),
-        (int32(), int32(), ValueError, r"offsets \[S\+1\]"),
-        (int32(0, 4).long(), int32(-1), TypeError, "offsets must be an int32 vector"),
-        (int32(0, 4), int32(-1)[None], TypeError, "parents must be an int32 vector"),
-        ([0, 4], int32(-1), TypeError, "SegmentTree.of"),
-        (int32(0, 4), int32(-1).to("meta"), ValueError, "parents must lie on the CPU"),
-    ],
-)
-def test_mistakes_in_the_tree(offsets: Any, parents: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        SegmentTree(offsets, parents)
-
-
-def test_mistakes_in_the_inputs() -> None:
-    tree = SegmentTree.of([4, 2], [-1, 0])
-    (query, key, value), _ = make(6, (4, 2), 8)
-    cases: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-        ((query.double(), key, value, tree, 1.0), TypeError, "one floating dtype"),
-        ((query.int(), key.int(), value.int(), tree, 1.0), TypeError, "one floating dtype"),
-        ((query, key, value, [0, 6], 1.0), TypeError, "must be a SegmentTree, got list"),
-        ((query[0], key, value, tree, 1.0), ValueError, r"need query \[T,Hq,D\]"),
-        ((query, key, value[:, :1], tree, 1.0), ValueError, r"need query \[T,Hq,D\]"),
-        ((query, key[:, :, :4], value[:, :, :4], tree, 1.0), ValueError, "differ in tokens or channels"),
-        ((query[:5], key, value, tree, 1.0), ValueError, "differ in tokens or channels"),
-        ((query[:, :3], key, value, tree, 1.0), ValueError, "multiple of key heads, got 3 and 2"),
-        ((query, key[:, :0], value[:, :0], tree, 1.0), ValueError, "multiple of key heads"),
-        ((query[:5], key[:5], value[:5], tree, 1.0), ValueError, "hold 6 tokens but the query has 5"),
-        ((query, key, value, tree, 0.0), ValueError, "scale must be positive"),
-        ((query, key, value, tree, float("nan")), ValueError, "scale must be positive"),
-    ]
-    for arguments, error, message in cases:
-        with pytest.raises(error, match=message):
-            segment_attention(*arguments)
-
-
-@needs_library
-def test_the_compiled_op_checks_what_it_would_read() -> None:
-    (query, key, value), _ = make(6, (4, 2), 8)
-    op = torch.ops.metareward.segment_attention_cpp
-    for offsets, parents, message in [
-        (int32(0, 7), int32(-1), "the query has 6"),
-        (int32(0, 9, 6), int32(-1, 0), "ends before it starts"),
-        (int32(0, 6), int32(0), "is not before it"),
-        (int32(0, 6).long(), int32(-1), "int32"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            op(query, key, value, offsets, parents, 1.0)
-    with pytest.raises(RuntimeError, match="key must be"):
-        op(query, key[:, :, :4], value, int32(0, 6), int32(-1), 1.0)
-    with pytest.raises(RuntimeError, match="value must be"):
-        op(query, key, value.bfloat16(), int32(0, 6), int32(-1), 1.0)
