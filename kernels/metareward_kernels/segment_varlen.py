@@ -43,6 +43,11 @@ class VarlenLayout:
     most_queries: int
     most_keys: int
 
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """As both kernels take them, behind query, key and value."""
+        return self.query_offsets, self.key_offsets, self.most_queries, self.most_keys
+
 
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenLayout, float], Tensor]
 """(query [T,Hq,D], gathered key and value [K,Hk,D], layout, scale) -> [T,Hq,D]; a segment's last query sees its last key."""
@@ -120,10 +125,7 @@ def flash_attn_kernel(function: Callable[..., Tensor]) -> Kernel:
             query,
             key,
             value,
-            layout.query_offsets,
-            layout.key_offsets,
-            layout.most_queries,
-            layout.most_keys,
+            *layout.arguments,
             softmax_scale=scale,
             causal=True,
             deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -147,10 +149,7 @@ def torch_kernel(function: Callable[..., Tensor]) -> Kernel:
             query,
             key,
             value,
-            layout.query_offsets,
-            layout.key_offsets,
-            layout.most_queries,
-            layout.most_keys,
+            *layout.arguments,
             **options,
         )
 
