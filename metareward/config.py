@@ -251,7 +251,10 @@ class SamplerSettings:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of weights and KV cache. auto: bfloat16 on a GPU and on CPUs with bf16 arithmetic, else float32."""
     max_running: Count = 256
-    """Sequences decoded together, a rank."""
+    """Sequences decoded together, a rank (or tensor_parallel ranks)."""
+    tensor_parallel: Count = 1
+    """Neighbouring processes that share one copy of the weights and of the KV cache, each with some of the heads, for a model that
+    does not fit one GPU. Must divide the number of processes and the model's heads, key-value heads and intermediate_size."""
     page_size: Annotated[int, Field(ge=1, le=256)] = 16
     """Tokens a page of the KV cache."""
     max_step_tokens: Count = 2048

@@ -38,6 +38,19 @@ class Unrecorded:
         pass
 
 
+class Uncounted:
+    """Passes phases on without their counts, for work that another rank of a tensor group counts."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+
+    def mark(self, phase: str, **counts: float) -> None:
+        self.phases.mark(phase)
+
+    def step(self) -> None:
+        self.phases.step()
+
+
 UNRECORDED: Phases = Unrecorded()
 
 _command_began: float | None = None

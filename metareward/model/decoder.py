@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from metareward.model.config import ModelConfig
 from metareward.model.recompute import Recompute, contexts
 from metareward.model.rope import cos_sin, inverse_frequencies, rotate
+from metareward.model.tensor_parallel import ALONE, TensorGroup
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; q and k come after the rotary
@@ -153,12 +154,16 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model. `activation_checkpointing` says what each block keeps for the backward pass (recompute.py)."""
+    """The model. `activation_checkpointing` says what each block keeps for the backward pass (recompute.py).
+
+    In a `tensor_group` of several ranks this is one rank's part, and `config` has the part's sizes (tensor_parallel.py).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing: Recompute = "none"
+        self.tensor_group: TensorGroup = ALONE
         self.model = Trunk(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config)
         # Not a buffer: `.to(bfloat16)` would round it and a meta-device start would lose it.

@@ -21,6 +21,7 @@ from metareward.errors import UserError
 from metareward.model.config import ModelConfig
 from metareward.model.decoder import Decoder, parameter_shapes
 from metareward.model.model_writer import save_model
+from metareward.model.tensor_parallel import ALONE, TensorGroup, part_config, read_part, sum_outputs
 
 __all__ = ["iterate_tensors", "load_decoder", "read_config", "save_model", "weights_digest"]
 
@@ -54,8 +55,9 @@ def read_config(directory: Path) -> ModelConfig:
         raise UserError(f"{directory}: {error}") from None
 
 
-def iterate_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of every weight, one at a time, on the CPU and in the file's dtype.
+def iterate_tensors(directory: Path, group: TensorGroup = ALONE) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of every weight, one at a time, on the CPU and in the file's dtype; for a rank of
+    a group its part, and no more is read.
 
     The names are exactly the Decoder's parameter names: leftovers such as rotary buffers and the second
     copy of a tied head are skipped. Raises UserError before the first tensor for missing, unexpected or
@@ -68,7 +70,9 @@ def iterate_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     for path, names in inventory.items():
         with _opened(path) as file:
             for name in names:
-                tensor = file.get_tensor(name)
+                tensor = (
+                    file.get_tensor(name) if group.size == 1 else read_part(file.get_slice(name), name, group)
+                )
                 if not _finite(tensor):
                     raise UserError(
                         f"{path}: {name} holds NaN or infinite values: use an undamaged copy of the model."
@@ -76,16 +80,23 @@ def iterate_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def load_decoder(directory: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
-    """Build the Decoder of a model directory with its weights in `dtype` on `device`.
+def load_decoder(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    group: TensorGroup = ALONE,
+) -> Decoder:
+    """Build the Decoder of a model directory with its weights in `dtype` on `device`; for a rank of a group
+    its part, which `check_tensor_parallel` must have let through.
 
     Starts on the meta device, so that memory holds one copy of the weights and one tensor in flight. Raises
     UserError as `iterate_tensors` does, and when a weight overflows in `dtype`.
     """
-    config = read_config(directory)
+    config = part_config(read_config(directory), group.size)
     with torch.device("meta"):
         decoder = Decoder(config)
-    for name, tensor in iterate_tensors(directory):
+    for name, tensor in iterate_tensors(directory, group):
         weight = tensor.to(device=device, dtype=dtype, copy=True)
         if dtype == torch.float16 and not _finite(weight):
             raise UserError(
@@ -94,6 +105,9 @@ def load_decoder(directory: Path, *, dtype: torch.dtype, device: torch.device | 
         module, _, leaf = name.rpartition(".")
         setattr(decoder.get_submodule(module), leaf, nn.Parameter(weight))
     assert not any(parameter.is_meta for parameter in decoder.parameters())
+    if group.size > 1:
+        decoder.tensor_group = group
+        sum_outputs(decoder, group)
     return decoder
 
 

@@ -83,16 +83,17 @@ def block_weights(block: Block) -> tuple[Weights, Weights, Weights, Weights]:
 
 
 class InferenceDecoder:
-    """A decoder's weights as sampling uses them; not for sharded weights.
+    """A decoder's weights as sampling uses them; not for weights that training has sharded.
 
     ``decoder`` goes on working: its parameters share memory with what is here, except that on a CPU with bf16
     arithmetic a second copy of the weights is laid out for its matrix products. Call ``prepare`` before the first
-    forward and whenever the weights may have changed.
+    forward and whenever the weights may have changed. In a tensor group of several ranks ``forward`` is a collective.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.config = decoder.config
+        self.group = decoder.tensor_group
         self.layers: list[Layer] = []
         self._weights: list[tuple[Weights, Weights, Weights, Weights]] = []
         self._frequencies = inverse_frequencies(decoder.config)
@@ -137,6 +138,8 @@ class InferenceDecoder:
         return runs_here(self._stack)
 
     def _stacked(self) -> LayerStack | None:
+        if self.group.size > 1:
+            return None  # the ranks' terms are added up twice a layer
         layers = []
         for layer, module in zip(self.layers, self.decoder.blocks, strict=True):
             block = cast(Block, module)
@@ -220,7 +223,7 @@ class InferenceDecoder:
         for index, (layer, module) in enumerate(zip(self.layers, self.decoder.blocks, strict=True)):
             block, keys, values = cast(Block, module), key_pages[index], value_pages[index]
             attention = block.self_attn
-            x = add_rms_norm(residual, delta, block.input_layernorm.weight, eps)
+            x = self._add_norm(residual, delta, block.input_layernorm.weight)
             query_norm = attention.q_norm.weight if attention.qk_norm else None
             key_norm = attention.k_norm.weight if attention.qk_norm else None
             query = rotate_and_store(layer.qkv(x), cos, sin, places, keys, values, query_norm, key_norm, eps)
@@ -229,10 +232,17 @@ class InferenceDecoder:
                 # Its keys and values are stored; the rest serves the logits alone.
                 seen, residual = seen[rows], residual[rows]
             delta = layer.out(seen)
-            x = add_rms_norm(residual, delta, block.post_attention_layernorm.weight, eps)
+            x = self._add_norm(residual, delta, block.post_attention_layernorm.weight)
             delta = layer.down(layer.gate_up(x))
         assert delta is not None
-        return add_rms_norm(residual, delta, self.decoder.model.norm.weight, eps)
+        return self._add_norm(residual, delta, self.decoder.model.norm.weight)
+
+    def _add_norm(self, residual: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        """residual += delta in place, and its norm; in a group every rank's delta is a term of what is added."""
+        if delta is not None and self.group.size > 1:
+            residual += self.group.sum(delta)
+            delta = None
+        return add_rms_norm(residual, delta, weight, self.config.rms_norm_eps)
 
     def _buffer(self, rows: int, like: Tensor) -> Tensor | None:
         """Where the logits go. On a CPU the page faults of a fresh tensor cost a third of the product."""

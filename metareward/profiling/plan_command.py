@@ -14,6 +14,7 @@ from metareward.config import Recipe
 from metareward.errors import UserError
 from metareward.model.chat import Chat
 from metareward.model.hf_files import read_config
+from metareward.model.tensor_parallel import check_tensor_parallel
 from metareward.profiling import machine as machines
 from metareward.profiling.assumptions import REACHED, UPPER, Assumptions, with_values
 from metareward.profiling.machine import Machine
@@ -32,7 +33,7 @@ def make_plan(
 
     Raises:
         UserError: a file is missing or wrong, the model is not on this machine, a value is out of range, a batch does not divide
-            over the GPUs.
+            over the GPUs, nor does sampler.tensor_parallel.
     """
     if gpus < 1:
         raise UserError(f"--gpus {gpus}: give 1 or more")
@@ -42,6 +43,7 @@ def make_plan(
     if recipe.seed.enabled:
         check_batch(recipe.seed.batch_examples, gpus, "seed.batch_examples")
     folder = local_model(recipe, model)
+    check_tensor_parallel(recipe.sampler.tensor_parallel, gpus, read_config(folder))
     known = find_machine(machine)
     device = torch.device("cpu" if known is None else known.kind)
     setting = Setting(

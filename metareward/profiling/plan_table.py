@@ -72,7 +72,11 @@ def sentences(
         f"what is free); training: at most about {peak / GIB:.3g} GiB, {states / GIB:.3g} of it weights, gradients and moments.",
         f"Disk: {kept / GIB:.3g} GiB in the end, {temporary / GIB:.3g} GiB more for checkpoints while a stage trains.",
     ]
-    machine = setting.machine
+    machine, sharing = setting.machine, setting.recipe.sampler.tensor_parallel
+    if sharing > 1:
+        found.append(
+            f"sampler.tensor_parallel = {sharing}: the time of its all-reduces, two a layer in every step, is not counted."
+        )
     if machine is None:
         found.append(
             "No time, because no machine is known: measure this one (`metareward profile --machine`), or name one "

@@ -16,6 +16,7 @@ from metareward.model.flops import (
     sampling_bytes,
     step_flops,
 )
+from metareward.model.tensor_parallel import part_config
 from metareward.profiling.assumptions import Assumptions, with_values
 from metareward.profiling.figures import ITEMSIZE
 from metareward.profiling.machine import Machine
@@ -71,6 +72,8 @@ def sampling_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> d
     machine, config, gpus = setting.machine, setting.config, setting.gpus
     assert machine is not None
     itemsize = ITEMSIZE[setting.dtype]
+    # GPUs that share a model divide its passes, but all of them draw and keep the books.
+    sharing = setting.recipe.sampler.tensor_parallel
     parts: dict[str, float] = {}
     for phase, passes, reached in (
         ("prefill", work.prefill, assumed.prefill_reached),
@@ -78,12 +81,12 @@ def sampling_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> d
     ):
         flops, nbytes = inference_flops(config, passes), inference_bytes(config, passes, itemsize)
         parts[phase] = max(flops / machine.rate(setting.dtype), nbytes / machine.bandwidth) / gpus / reached
-    drawn = sampling_bytes(config, work.new_tokens) / machine.bandwidth / gpus
+    drawn = sampling_bytes(config, work.new_tokens) / machine.bandwidth / gpus * sharing
     parts["sample"] = drawn / assumed.sample_reached
-    parts["host"] = assumed.host_step * work.decode.passes / gpus
+    parts["host"] = assumed.host_step * work.decode.passes / gpus * sharing
     if work.stage == "respond":
         # The judge and the meta-judge go on with the same weights.
-        parts["load"] = parameter_count(config) * itemsize / assumed.load_rate
+        parts["load"] = parameter_count(config) * itemsize / sharing / assumed.load_rate
     return parts
 
 
@@ -138,7 +141,8 @@ def sensitivities(setting: Setting, assumed: Assumptions) -> list[tuple[str, flo
 
 
 def sampling_memory(setting: Setting) -> tuple[float, float]:
-    """Bytes a GPU while sampling: (weights, key-value cache of max_running of the longest requests without sharing).
+    """Bytes a GPU while sampling: (weights, key-value cache of max_running of the longest requests without sharing). A GPU's part
+    of them where GPUs share a model.
 
     The cache takes what is free and no more than this; with less, fewer sequences run at once.
     """
@@ -151,8 +155,9 @@ def sampling_memory(setting: Setting) -> tuple[float, float]:
         meta = lengths.meta_shared + lengths.instruction + lengths.meta_rest + response
         longest = max(longest, meta + 2 * recipe.judge.max_new_tokens + recipe.meta_judge.max_new_tokens)
     longest = min(longest, setting.config.max_context)
-    cache = recipe.sampler.max_running * longest * kv_token_bytes(setting.config, itemsize)
-    return float(parameter_count(setting.config)) * itemsize, cache
+    part = part_config(setting.config, recipe.sampler.tensor_parallel)
+    cache = recipe.sampler.max_running * longest * kv_token_bytes(part, itemsize)
+    return float(parameter_count(part)) * itemsize, cache
 
 
 def training_memory(setting: Setting, plans: list[StagePlan]) -> tuple[int, int]:

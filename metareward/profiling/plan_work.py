@@ -88,6 +88,7 @@ def iteration_work(
     comparison = assumed.comparison_share * recipe.meta_judge.max_new_tokens
     responses = prompts * recipe.respond.samples
     judged = responses * assumed.judged_share
+    engines = gpus // recipe.sampler.tensor_parallel
     found = [
         sampling_work(
             "respond",
@@ -99,7 +100,7 @@ def iteration_work(
             longest=recipe.respond.max_new_tokens,
             readers=recipe.respond.samples,
             recipe=recipe,
-            gpus=gpus,
+            engines=engines,
         )
     ]
     judge_prompt = lengths.judge_shared + lengths.instruction + response + lengths.judge_rest
@@ -116,7 +117,7 @@ def iteration_work(
             longest=recipe.judge.max_new_tokens,
             readers=recipe.judge.samples,
             recipe=recipe,
-            gpus=gpus,
+            engines=engines,
         )
     )
     actor_pairs = prompts * assumed.actor_pair_share
@@ -138,7 +139,7 @@ def iteration_work(
                 longest=recipe.meta_judge.max_new_tokens,
                 readers=1,
                 recipe=recipe,
-                gpus=gpus,
+                engines=engines,
             )
         )
         judge_pairs = prompts * assumed.judge_pair_share
@@ -173,15 +174,15 @@ def sampling_work(
     longest: int,
     readers: int,
     recipe: Recipe,
-    gpus: int,
+    engines: int,
 ) -> StageWork:
     """A sampling stage. computed: prompt tokens that the prefix tree leaves to compute. readers: requests of one prompt, which
-    read its pages together.
+    read its pages together. engines: GPUs, or groups of them that share a model.
 
-    Engine steps: with n requests on a GPU that has room for R, the slots stay full until the requests run out and then drain:
+    Engine steps: with n requests in an engine that has room for R, the slots stay full until the requests run out and then drain:
     n new / R steps and the longest less the mean; the longest alone where all run at once.
     """
-    mine = requests / gpus
+    mine = requests / engines
     room = recipe.sampler.max_running
     steps = longest if mine <= room else mine * new / room + longest - new
     steps = max(1.0, min(steps, mine * new)) if requests else 0.0
@@ -193,14 +194,14 @@ def sampling_work(
         requests,
         prompt_tokens=requests * prompt,
         prefill=Work(
-            passes=gpus * math.ceil(computed / gpus / recipe.sampler.max_step_tokens),
+            passes=engines * math.ceil(computed / engines / recipe.sampler.max_step_tokens),
             rows=computed,
             logit_rows=requests / together,
             pairs=computed * prompt / 2 if stage == "respond" else computed * prompt * 0.75,
             kv_tokens=computed,
         ),
         decode=Work(
-            passes=steps * gpus,
+            passes=steps * engines,
             rows=tokens,
             logit_rows=tokens,
             pairs=tokens * (prompt + new / 2),

@@ -113,6 +113,11 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def neighbours(size: int) -> dist.ProcessGroup:
+    """This rank's group where ranks 0 to size - 1 are one, the next `size` another, and so on. A collective."""
+    return dist.new_subgroups(size, timeout=PATIENCE)[0]
+
+
 def on_first(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and hand its result to all; an error there is raised on every rank.
 

@@ -36,7 +36,8 @@ class Engine:
     """Samples completions from a decoder with a paged key-value cache and a prefix tree.
 
     Args:
-        decoder: the weights; the cache takes their dtype and device.
+        decoder: the weights; the cache takes their dtype and device. With a rank's part of a model, all ranks of the tensor
+            group must be given equal settings, and the same requests in the same order: ``generate`` is then a collective.
         stop_ids: tokens that end a completion.
         seed: with a request's identity, the key of its random numbers.
         max_running: sequences decoded together.

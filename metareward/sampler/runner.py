@@ -51,7 +51,8 @@ class Runner:
     that is read or written costs a walk of the page table, here one for both (of a head of 64 in bf16 and 16 tokens).
 
     The last page is nobody's: rows that only fill a CUDA graph write there. cuda_graphs: replay decode steps as
-    graphs; None: where the device is a GPU and attention is Triton's.
+    graphs; None: where the device is a GPU and attention is Triton's. A decoder of a tensor group brings its part of
+    the heads; its steps are collectives of the group, and launched one by one.
     """
 
     def __init__(
@@ -66,6 +67,12 @@ class Runner:
         self.value_pages: list[Tensor] = []
         if cuda_graphs and self.device.type != "cuda":
             raise UserError(f"cuda_graphs is True and the model is on {self.device.type}: leave it unset")
+        if decoder.tensor_group.size > 1:
+            if cuda_graphs:
+                raise UserError(
+                    f"cuda_graphs is True and {decoder.tensor_group.size} ranks share the model: leave it unset"
+                )
+            cuda_graphs = False  # whether collectives can be captured has not been tried
         self._cuda_graphs = cuda_graphs
         self._max_running = max_running
         # Written by each draw and read by the next step, so that tokens need not come to the host in between. The
@@ -192,6 +199,9 @@ class Runner:
             top_p=params.top_p,
             min_p=params.min_p,
         )
+        # The ranks of a group must go on with the same tokens, or they would wait for each other in different steps. Their
+        # logits should be equal to the bit; this makes sure, for one small message beside two a layer.
+        self.model.group.copy_first_(tokens)
         # A row that cannot be drawn from gives -1; it must not be looked up before the host has seen it.
         self._newest[slots] = tokens.clamp(min=0)
         if self.device.type != "cuda":

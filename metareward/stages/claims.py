@@ -2,7 +2,7 @@
 
 A claim is a run of jobs that share most of their prompt, so that what they share is computed on one rank. A rank draws its next
 claim when its engine asks for the next request, that is when it has room: no rank idles while there is work that another has
-not begun.
+not begun. Ranks that share a model draw as one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from metareward.model.tensor_parallel import ALONE, TensorGroup
 from metareward.run.ranks import Counter
 
 # Jobs with one and the same prompt stay together up to this many: more of them than a rank's samples of one prompt
@@ -68,10 +69,14 @@ def first_draw(jobs: int, ranks: int, max_running: int) -> float:
 
 
 class Draws:
-    """This rank's way to the claims. All ranks must make it with the same claims. A collective."""
+    """This rank's way to the claims. All ranks must make it with the same claims. A collective.
 
-    def __init__(self, claims: Sequence[Sequence[Job]], name: str) -> None:
+    The ranks of a `group` are given the same claims: each must draw as often as the others.
+    """
+
+    def __init__(self, claims: Sequence[Sequence[Job]], name: str, group: TensorGroup = ALONE) -> None:
         self.claims = claims
+        self.group = group
         self.counter = Counter(f"{name}/claims")
         self.left = True
         """Whether there may be claims that no rank has drawn."""
@@ -80,7 +85,7 @@ class Draws:
         """Draw claims, one when the jobs of the last are used up, until `most` jobs are drawn or no claim is left."""
         drawn = 0
         while drawn < most:
-            turn = self.counter.add(1) - 1
+            turn = self.group.from_first(lambda: self.counter.add(1)) - 1
             if turn >= len(self.claims):
                 self.left = False
                 return

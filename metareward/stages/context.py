@@ -15,7 +15,8 @@ from metareward.model.chat import Chat
 from metareward.model.config import ModelConfig
 from metareward.model.hf_files import load_decoder, read_config
 from metareward.model.locate import locate_model
-from metareward.phases import UNRECORDED, Phases
+from metareward.model.tensor_parallel import ALONE, TensorGroup, check_tensor_parallel
+from metareward.phases import UNRECORDED, Phases, Uncounted
 from metareward.run import ranks
 from metareward.run.directory import IterationFiles, RunDirectory
 from metareward.run.memory import free_memory
@@ -35,6 +36,7 @@ class Context:
     metrics: Metrics
     spans: Spans = field(default_factory=no_spans)
     _engine: tuple[Path, Engine] | None = field(default=None, repr=False)
+    _group: TensorGroup | None = field(default=None, repr=False)
     _chats: dict[Path, Chat] = field(default_factory=dict, repr=False)
 
     def files(self, iteration: int) -> IterationFiles:
@@ -61,13 +63,31 @@ class Context:
         """The sampler of a model; kept while stages sample from the same weights. A collective."""
         if self._engine is None or self._engine[0] != policy:
             self.release()
-            self._engine = (
+            group = self.tensor_group(policy)
+            engine = load_engine(
                 policy,
-                load_engine(
-                    policy, self.chat(policy), self.recipe.sampler, self.recipe.random_seed, self.spans
-                ),
+                self.chat(policy),
+                self.recipe.sampler,
+                self.recipe.random_seed,
+                self.spans if group.is_first else Uncounted(self.spans),
+                group,
             )
+            self._engine = (policy, engine)
         return self._engine[1]
+
+    def tensor_group(self, policy: Path) -> TensorGroup:
+        """The ranks that this one shares the sampler's model with, itself among them. A collective.
+
+        Raises:
+            UserError: `sampler.tensor_parallel` does not fit the model in `policy` or the number of ranks.
+        """
+        size = self.recipe.sampler.tensor_parallel
+        check_tensor_parallel(size, ranks.world_size(), read_config(policy))
+        if self._group is None:
+            self._group = (
+                ALONE if size == 1 else TensorGroup(ranks.rank() % size, size, ranks.neighbours(size))
+            )
+        return self._group
 
     def release(self) -> None:
         """Free the sampler's weights and cache, before training or another model."""
@@ -82,27 +102,40 @@ class Context:
 
 
 def load_engine(
-    policy: Path, chat: Chat, settings: SamplerSettings, seed: int, phases: Phases = UNRECORDED
+    policy: Path,
+    chat: Chat,
+    settings: SamplerSettings,
+    seed: int,
+    phases: Phases = UNRECORDED,
+    group: TensorGroup = ALONE,
 ) -> Engine:
-    """A sampler for the model in `policy`, on this rank's device, in the dtype that the settings say. A collective.
+    """A sampler for the model in `policy`, on this rank's device, in the dtype that the settings say; for this rank's part of it
+    where a group shares it. A collective.
 
     Raises:
-        UserError: too little memory is free for the cache.
+        UserError: too little memory is free for the cache, or the settings want a group and there is none.
     """
+    if settings.tensor_parallel != group.size:
+        raise UserError(
+            f"this command samples with one process a model, and sampler.tensor_parallel = {settings.tensor_parallel} in its "
+            f"recipe shares one: set it to 1, or give the model's own folder in place of a run's"
+        )
     device = ranks.device()
     dtype = sampling_dtype(settings.dtype, device)
-    decoder = load_decoder(policy, dtype=dtype, device=str(device))
+    decoder = load_decoder(policy, dtype=dtype, device=str(device), group=group)
     # The ranks of a machine share its memory: measured only when all of them hold their weights.
     ranks.barrier()
-    free = free_memory(device)
+    # The ranks of a group decide alike only with caches of one size.
+    free = group.least(free_memory(device))
     size = token_bytes(decoder.config, dtype)
     tokens = kv_tokens(free, size, decoder.config.max_context, settings, device)
     if ranks.is_first():
         logger.info(
-            "sampling from %s in %s on %s, key-value cache of %s tokens (%.3g GiB of %.3g GiB free a rank)",
+            "sampling from %s in %s on %s%s, key-value cache of %s tokens (%.3g GiB of %.3g GiB free a rank)",
             policy,
             str(dtype).removeprefix("torch."),
             device,
+            f", {group.size} ranks a model" if group.size > 1 else "",
             f"{tokens:,}",
             tokens * size / 2**30,
             free / 2**30,

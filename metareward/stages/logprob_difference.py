@@ -46,8 +46,8 @@ class FirstFew:
 def logprob_difference(decoder: Decoder, scored: Sequence[Scored]) -> dict[str, float]:
     """Mean and largest absolute difference a token, and the number of tokens; empty where nothing was scored.
 
-    `decoder` holds the sampler's weights, whole and on one device; it is run as the trainer runs it: packed, prompts shared, the
-    head fused with the log-prob.
+    `decoder` holds the sampler's weights, whole or this rank's part of them (then a collective of its tensor group); it is run as
+    the trainer runs it: packed, prompts shared, the head fused with the log-prob.
     """
     if not scored:
         return {}

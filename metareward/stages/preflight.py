@@ -6,7 +6,9 @@ from pathlib import Path
 
 from metareward.config import JudgeSettings, MetaJudgeSettings, Recipe, RespondSettings
 from metareward.errors import UserError
+from metareward.model.hf_files import read_config
 from metareward.model.locate import locate_model
+from metareward.model.tensor_parallel import check_tensor_parallel
 from metareward.roles.templates import load_template
 from metareward.run import ranks
 from metareward.run.inputs import draw_prompts, read_prompts, read_quality
@@ -38,6 +40,7 @@ def check_files(context: Context) -> None:
     judge_template(context)
     load_template("meta_judge", Path(recipe.meta_judge.template) if recipe.meta_judge.template else None)
     policy = locate_model(recipe.model.name)
+    check_tensor_parallel(recipe.sampler.tensor_parallel, ranks.world_size(), read_config(policy))
     chat, max_context = context.chat(policy), context.max_context(policy)
     for name, settings in sampling_sections(recipe):
         if settings.max_new_tokens >= max_context:

@@ -102,7 +102,9 @@ def sample_stage(
 
     ranks.on_first(merge)
     spans.mark("other")
-    totals = add_stats(ranks.gather(sampled.stats))
+    # The ranks of a group that shares a model do the same work: it counts once.
+    sharing = context.recipe.sampler.tensor_parallel
+    totals = add_stats(ranks.gather(sampled.stats)[::sharing])
     seconds = time.perf_counter() - began
     context.metrics.event(
         "stage",
@@ -124,6 +126,7 @@ def sample_stage(
         sampling_seconds=totals.sampling_seconds,
         host_seconds=totals.host_seconds,
         ranks=ranks.world_size(),
+        tensor_parallel=sharing,
         earlier_requests=len(jobs) - len(todo),
         implementations=sampled.implementations,
         **sampled.difference,
@@ -143,16 +146,19 @@ def sample(
 ) -> Sampled:
     """This rank's part of `todo`, drawn as its engine has room; every finished request is appended to its part file at once.
 
-    On rank 0 it returns when all ranks have finished, so that the bar shows all of them.
+    Ranks that share a model do one part together, in the same steps; the first of them counts and writes for all. On rank 0 it
+    returns when all ranks have finished, so that the bar shows all of them.
     """
     spans = context.spans
     spans.mark("load")
     engine, chat = context.engine(policy), context.chat(policy)
     spans.mark("data")
     spans.note(model=engine.decoder.config.hf, dtype=str(engine.runner.dtype).removeprefix("torch."))
-    draws = Draws(cut_claims(todo, claim_size(len(todo), ranks.world_size())), f"{iteration}/{stage}")
+    group = engine.decoder.tensor_group
+    models = ranks.world_size() // group.size
+    draws = Draws(cut_claims(todo, claim_size(len(todo), models)), f"{iteration}/{stage}", group)
     finished = ranks.Counter(f"{iteration}/{stage}/finished")
-    most = first_draw(len(todo), ranks.world_size(), context.recipe.sampler.max_running)
+    most = first_draw(len(todo), models, context.recipe.sampler.max_running)
     first_few = FirstFew()
     jobs: dict[str, Job] = {}
 
@@ -162,8 +168,10 @@ def sample(
         return Request(name, job.prompt)
 
     engine.stats.reset()
-    part = PartFile(final, ranks.rank())
+    part = PartFile(final, ranks.rank()) if group.is_first else None
     label, shown = f"iteration {iteration}: {stage}", ranks.is_first()
+    # With rank 0 all that share its model, because scoring takes all of them.
+    scores = ranks.rank() < group.size
     # Loading takes the ranks different times; who came first would draw more than its part.
     spans.mark("wait")
     ranks.barrier()
@@ -171,17 +179,18 @@ def sample(
         with progress_bar(label, total, "requests", done=total - len(todo), shown=shown) as bar:
 
             def show(done: int) -> None:
-                bar.set_postfix_str(rates(engine.stats), refresh=False)
+                bar.set_postfix_str(rates(engine.stats, group.size), refresh=False)
                 bar.update(total - len(todo) + done - bar.n)
 
             while draws.left:
                 for completion in engine.generate(map(request, draws.jobs(most)), params):
                     spans.mark("write")
                     job = jobs.pop(completion.identity)
-                    part.append({**job.head, **body(job, chat.decode(completion.token_ids), completion)})
-                    if shown:
+                    if scores:
                         first_few.offer(job.prompt, completion)
-                    show(finished.add(1))
+                    if part is not None:
+                        part.append({**job.head, **body(job, chat.decode(completion.token_ids), completion)})
+                        show(finished.add(1))
             spans.mark("check")
             difference = logprob_difference(engine.decoder, first_few.kept)
             # Without a bar to move, the barrier that follows is the better place to wait.
@@ -192,14 +201,16 @@ def sample(
                 time.sleep(0.1)
             show(len(todo))
     finally:
-        part.close()
+        if part is not None:
+            part.close()
     return Sampled(engine.stats, difference, engine.implementations())
 
 
-def rates(stats: EngineStats) -> str:
-    """What the bar tells beside requests and time left, of this rank since the stage began."""
+def rates(stats: EngineStats, sharing: int) -> str:
+    """What the bar tells beside requests and time left, of this rank (or the `sharing` ranks of its model) in the stage."""
     reused = stats.reused_tokens / max(stats.prompt_tokens, 1)
-    return f"{reused:.0%} of prompts reused, {stats.new_tokens / max(stats.seconds, 1e-9):.0f} tok/s a rank"
+    unit = "a rank" if sharing == 1 else f"every {sharing} ranks"
+    return f"{reused:.0%} of prompts reused, {stats.new_tokens / max(stats.seconds, 1e-9):.0f} tok/s {unit}"
 
 
 def add_stats(all_ranks: Iterable[EngineStats]) -> EngineStats:

@@ -157,6 +157,24 @@ def test_seconds_by_hand() -> None:
     assert plan(replace(setting, machine=None), ASSUMED)[0].parts == {}
 
 
+def test_gpus_that_share_a_model_are_one_engine() -> None:
+    recipe = small_recipe()
+    shared = replace(recipe, sampler=replace(recipe.sampler, tensor_parallel=2))
+    one = Setting(recipe, CONFIG, LENGTHS, 1, "float32", FAST)
+    two = replace(one, recipe=shared, gpus=2, config=replace(CONFIG, num_heads=4, num_kv_heads=2))
+    assert work_of(shared, gpus=2)["judge"].decode == work_of(recipe)["judge"].decode
+    alone = plan(replace(two, recipe=recipe, gpus=1), ASSUMED)[0]
+    together = plan(two, ASSUMED)[0]
+    assert alone.work.stage == together.work.stage == "respond"
+    # They divide the passes and the loading, but not the drawing and the book-keeping.
+    for name, times in (("prefill", 2), ("decode", 2), ("load", 2), ("sample", 1), ("host", 1)):
+        assert together.parts[name] == pytest.approx(alone.parts[name] / times), name
+    weights, cache = sampling_memory(replace(two, recipe=recipe))
+    part, its_cache = sampling_memory(two)
+    matrices = 4 * 2 * 10 * 4 + 4 * (2 * 2 + 1) * 4
+    assert (part, its_cache) == ((weights - matrices) / 2 + matrices, cache / 2)
+
+
 def test_what_dominates_is_found() -> None:
     slow_host = replace(ASSUMED, host_step=10.0)
     setting = Setting(small_recipe(), CONFIG, LENGTHS, 1, "float32", FAST)
