@@ -26,6 +26,10 @@ from metareward.errors import UserError
 LOOK_FOR = 5.0
 
 
+class LostRank(UserError):
+    """Another rank is gone, so this one cannot go on."""
+
+
 class Peer(NamedTuple):
     """One rank's process; a process id means something only in its place (machine and process namespace)."""
 
@@ -78,13 +82,13 @@ def sentence(dead: list[Peer]) -> str:
     return f"{who}, so the run ends; the same command goes on from here, and finished requests are kept"
 
 
-def lost_peer(peers: list[Peer], error: Exception) -> UserError:
+def lost_peer(peers: list[Peer], error: Exception) -> LostRank:
     """The error to raise where a collective or the store failed: with the names of the ranks that are gone, if they show."""
     until = time.monotonic() + LOOK_FOR
     while not (dead := gone(peers)) and time.monotonic() < until:
         time.sleep(0.05)
     told = sentence(dead)
-    return UserError(told if dead else f"{told}: {str(error).splitlines()[0]}")
+    return LostRank(told if dead else f"{told}: {str(error).splitlines()[0]}")
 
 
 def watch_for_end(peers: list[Peer], own: int) -> Callable[[], None]:

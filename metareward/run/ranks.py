@@ -59,9 +59,10 @@ def start_ranks() -> None:
         _stop_watching = peers.watch_for_end(_peers, own)
 
 
-def stop_ranks() -> None:
+def stop_ranks(*, watch: bool = False) -> None:
+    """Leave the process group. watch: go on answering torchrun's SIGTERM with who died."""
     global _store, _peers, _stop_watching
-    if _stop_watching is not None:
+    if _stop_watching is not None and not watch:
         _stop_watching()
     _store, _peers, _stop_watching = None, [], None
     if dist.is_initialized():
@@ -74,6 +75,10 @@ def with_ranks(work: Callable[[], None]) -> None:
     try:
         with naming_lost_ranks():
             work()
+    except peers.LostRank:
+        # torchrun may end this process before the error has come to be printed.
+        stop_ranks(watch=True)
+        raise
     finally:
         stop_ranks()
 
@@ -164,7 +169,7 @@ def check_peers() -> None:
     """
     dead = peers.gone(_peers)
     if dead:
-        raise UserError(peers.sentence(dead))
+        raise peers.LostRank(peers.sentence(dead))
 
 
 @contextmanager

@@ -75,6 +75,21 @@ def test_where_nobody_here_is_gone_the_failure_itself_is_told(monkeypatch: pytes
     assert told.endswith(": timed out")
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_the_watch_outlives_a_lost_rank_s_error_alone(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """torchrun's SIGTERM may be faster than the error is printed; of any other error the other ranks tell nothing."""
+    ended: list[bool] = []
+
+    def work() -> None:
+        monkeypatch.setattr(ranks, "_stop_watching", lambda: ended.append(True))
+        raise (peers.LostRank if lost else UserError)("so the run ends")
+
+    with pytest.raises(UserError, match="so the run ends"):
+        ranks.with_ranks(work)
+    assert ended == ([] if lost else [True])
+    assert not dist.is_initialized()
+
+
 def test_counters_of_one_name_are_apart() -> None:
     first, second = ranks.Counter("same"), ranks.Counter("same")
     assert [first.add(1), first.add(2), second.add(1), first.add(0)] == [1, 3, 1, 3]
