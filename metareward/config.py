@@ -229,6 +229,9 @@ class TrainSettings:
     """What a layer keeps for its backward pass. none: everything; full: its input, and it is computed twice; selective: also the
     results of matrix products and attention, and only the cheap rest is computed twice. Changes memory and speed, not the
     result. (ours)"""
+    compile: bool = False
+    """torch.compile for every layer, one compiled function for all of them. Changes speed, and the result by floating-point noise.
+    Off, because compiling takes longer than it saves on a CPU and in short runs, and on a GPU it has not been tried. (ours)"""
     shard_within: CountOrOff = 0
     """Processes that share one copy of the weights and optimizer state, usually those of a node: gathering then stays inside of
     it, and only gradients cross (hybrid sharding). Must divide the number of processes; 0: all. (ours)"""
@@ -335,6 +338,7 @@ EXECUTION_SETTINGS = (
     "logging",
     "train.micro_batch_tokens",
     "train.activation_checkpointing",
+    "train.compile",
     "train.shard_within",
     "train.checkpoint_steps",
     "train.keep_checkpoints",

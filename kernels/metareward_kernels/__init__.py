@@ -32,6 +32,7 @@ from metareward_kernels.paged_attention import Segments, paged_attention
 from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
 from metareward_kernels.segment_attention import SegmentTree, segment_attention
+from metareward_kernels.segment_graph import traced_segment_attention
 
 __all__ = [
     "DpoLoss",
@@ -63,4 +64,5 @@ __all__ = [
     "segment_attention",
     "silu_mul",
     "stack_layers",
+    "traced_segment_attention",
 ]

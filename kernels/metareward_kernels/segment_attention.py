@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -82,6 +83,12 @@ class SegmentTree:
         """T."""
         return int(self.offsets[-1])
 
+    @cached_property
+    def table(self) -> Tensor:
+        """[2,S+1] int32: offsets, and parents with a -1 behind them; two columns for one segment, because compilers take
+        a size of one for a constant."""
+        return torch.stack([self.offsets, F.pad(self.parents, (0, 1), value=-1)])
+
     def spans(self) -> list[tuple[slice, tuple[slice, ...]]]:
         """Of every segment: its own tokens, and its ancestors' from the root down."""
         bounds, parents = self.offsets.tolist(), self.parents.tolist()
@@ -144,6 +151,27 @@ def segment_attention_torch(
     return out.squeeze(0).transpose(0, 1)
 
 
+def segment_attention_uncompiled(
+    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTree, scale: float
+) -> Tensor:
+    """`segment_attention` by a GPU's variable-length kernel where there is one for these queries, else in PyTorch."""
+    varlen = kernel_for(query)
+    if varlen is None:
+        return segment_attention_torch(query, key, value, segments, scale)
+    return segment_attention_varlen(query, key, value, segments.layout(query.device), scale, varlen[1])
+
+
+def runs_compiled(query: Tensor) -> bool:
+    """Whether the compiled op computes attention of these queries; see `segment_attention`."""
+
+    def unsupported(implementation: str) -> str | None:
+        return dispatch.unsupported_dtype(implementation, query.dtype)
+
+    if query.device.type != "cpu":
+        return False
+    return dispatch.implementation("segment_attention", "cpu", unsupported) == "cpp"
+
+
 def segment_attention(
     query: Tensor,  # [T,Hq,D]
     key: Tensor,  # [T,Hk,D]
@@ -184,16 +212,8 @@ def segment_attention(
         raise ValueError(f"the segments hold {segments.tokens} tokens but the query has {tokens}")
     if not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"scale must be positive and finite, got {scale}; 1 / sqrt(D) is usual")
-
-    def unsupported(implementation: str) -> str | None:
-        return dispatch.unsupported_dtype(implementation, query.dtype)
-
-    on_cpu = query.device.type == "cpu"
-    varlen = kernel_for(query)
-    if varlen is not None:
-        return segment_attention_varlen(query, key, value, segments.layout(query.device), scale, varlen[1])
-    if not on_cpu or dispatch.implementation("segment_attention", "cpu", unsupported) != "cpp":
-        return segment_attention_torch(query, key, value, segments, scale)
+    if not runs_compiled(query):
+        return segment_attention_uncompiled(query, key, value, segments, scale)
     query, key, value = (part if part.stride(2) == 1 else part.contiguous() for part in (query, key, value))
     out: Tensor = torch.ops.metareward.segment_attention_cpp(
         query, key, value, segments.offsets, segments.parents, float(scale)

@@ -14,10 +14,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from metareward.model.config import ModelConfig
-from metareward.model.recompute import Recompute, contexts
+from metareward.model.recompute import Recompute, recomputed
 from metareward.model.rope import cos_sin, inverse_frequencies, rotate
 from metareward.model.tensor_parallel import ALONE, TensorGroup
 
@@ -25,6 +24,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q [T, Hq, D], k [T, Hk, D], v [T, Hk, D]) -> [T, Hq, D]; q and k come after the rotary
 embedding.
 """
+CompiledBlock = Callable[["Block", Tensor, Tensor, Tensor, Attend, Recompute], Tensor]
+"""`Block.run`, compiled; see metareward.training.compiled."""
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -109,17 +110,27 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Attend,
+        recompute: Recompute = "none",
+        compiled: CompiledBlock | None = None,
+    ) -> Tensor:
+        # What FSDP does around a block stays outside of what is compiled.
+        run = Block.run if compiled is None else compiled
+        return run(self, hidden, cos, sin, attend, recompute)
+
+    def run(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend, recompute: Recompute = "none"
     ) -> Tensor:
+        """What the block computes."""
         # Checkpointing sits inside the block: a sharded block is then gathered once for its recomputation
         # and backward.
-        if recompute == "none" or not torch.is_grad_enabled():
-            return self._run(hidden, cos, sin, attend)
-        context = contexts(recompute, self.intermediate_size)
-        out = checkpoint(self._run, hidden, cos, sin, attend, use_reentrant=False, context_fn=context)
-        return cast(Tensor, out)
+        return recomputed(recompute, self.intermediate_size, self._compute, hidden, cos, sin, attend)
 
-    def _run(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def _compute(self, hidden: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, attend)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -154,7 +165,8 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model. `activation_checkpointing` says what each block keeps for the backward pass (recompute.py).
+    """The model. `activation_checkpointing` says what each block keeps for the backward pass (recompute.py); `compiled_block`
+    is what all blocks run through, where they are compiled.
 
     In a `tensor_group` of several ranks this is one rank's part, and `config` has the part's sizes (tensor_parallel.py).
     """
@@ -163,6 +175,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing: Recompute = "none"
+        self.compiled_block: CompiledBlock | None = None
         self.tensor_group: TensorGroup = ALONE
         self.model = Trunk(config)
         self.lm_head = None if config.tie_word_embeddings else Head(config)
@@ -196,7 +209,7 @@ class Decoder(nn.Module):
         # of sampler and trainer differ by.
         hidden = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         for block in self.model.layers:
-            hidden = block(hidden, cos, sin, attend, self.activation_checkpointing)
+            hidden = block(hidden, cos, sin, attend, self.activation_checkpointing, self.compiled_block)
         hidden = self.model.norm(hidden if rows is None else hidden[rows])
         if targets is None:
             return hidden

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import (
     CheckpointPolicy,
+    checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 Recompute = Literal["none", "selective", "full"]
@@ -50,8 +51,16 @@ def policy(last_input: int, context: Any, op: Any, *args: Any, **kwargs: Any) ->
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def contexts(mode: Recompute, last_input: int) -> Callable[[], Any]:
-    """`context_fn` of torch.utils.checkpoint for "selective" and "full"."""
+def recomputed(mode: Recompute, last_input: int, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, keeping for its backward pass what `mode` says; last_input: channels that its last product takes.
+
+    Under torch.compile the same choice is made while the graph is cut into forward and backward.
+    """
+    if mode == "none" or not torch.is_grad_enabled():
+        return function(*args)
     if mode == "full":
-        return noop_context_fn
-    return partial(create_selective_checkpoint_contexts, partial(policy, last_input))
+        kept: Tensor = checkpoint(function, *args, use_reentrant=False)
+        return kept
+    contexts = partial(create_selective_checkpoint_contexts, partial(policy, last_input))
+    kept = checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+    return kept

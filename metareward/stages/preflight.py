@@ -15,6 +15,7 @@ from metareward.run.inputs import draw_prompts, read_prompts, read_quality
 from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
 from metareward.stages.respond import render_prompts
+from metareward.training.compiled import check_compiler
 from metareward.training.examples import check_batch
 from metareward.training.lora import check_lora
 from metareward.training.sharded import check_shard_within
@@ -28,6 +29,7 @@ def preflight(context: Context) -> None:
         check_batch(recipe.seed.batch_examples, ranks.world_size(), "seed.batch_examples")
     check_shard_within(recipe.train.shard_within, ranks.world_size())
     check_lora(recipe.train)
+    check_compiler(recipe.train, ranks.device())
     ranks.on_first(lambda: check_files(context))
 
 

@@ -23,6 +23,7 @@ from metareward.run.progress import progress_bar
 from metareward.stages.context import Context
 from metareward.stages.preference_set import preference_examples
 from metareward.stages.training_memory import check_training_memory
+from metareward.training.compiled import naming_compiler_failures
 from metareward.training.examples import DataOrder, Example, check_batch
 from metareward.training.lora import adapter_parameters
 from metareward.training.losses import uses_reference
@@ -82,7 +83,10 @@ def write_reference(
     """Log-probs of every pair under M_t, once an iteration, under the digest of the weights that gave them."""
     began = time.perf_counter()
     label = f"iteration {iteration}: reference"
-    with progress_bar(label, len(data.examples), "pairs", shown=ranks.is_first()) as bar:
+    with (
+        progress_bar(label, len(data.examples), "pairs", shown=ranks.is_first()) as bar,
+        naming_compiler_failures(context.recipe.train),
+    ):
         found = logprobs_of(decoder, data, ranks.device(), bar.update, context.spans)
     context.spans.mark("write")
     write_lines(context.files(iteration).reference, data.examples, found, digest)
@@ -169,7 +173,8 @@ def run_training(
             )
             bar.update(step - bar.n)
 
-        train(decoder, data, objective, settings, files.training, ranks.device(), on_step, context.spans)
+        with naming_compiler_failures(settings):
+            train(decoder, data, objective, settings, files.training, ranks.device(), on_step, context.spans)
     context.spans.mark("write")
     write_model(decoder, policy, files.model, context.recipe.save_dtype)
     seconds = time.perf_counter() - began

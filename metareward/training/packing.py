@@ -16,7 +16,6 @@ import torch
 from metareward_kernels import SegmentTree, segment_attention
 from torch import Tensor
 
-from metareward.model.decoder import Attend
 from metareward.training.examples import Example
 
 # Below this a shared beginning saves less than its own segment costs.
@@ -181,11 +180,16 @@ def segment_tree(segments: Sequence[Segment]) -> SegmentTree:
     )
 
 
-def tree_attention(segments: Sequence[Segment]) -> Attend:
+@dataclass(frozen=True)
+class TreeAttention:
+    """An `Attend`: causal attention of every segment on its ancestors and itself."""
+
+    tree: SegmentTree
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return segment_attention(query, key, value, self.tree, query.shape[-1] ** -0.5)
+
+
+def tree_attention(segments: Sequence[Segment]) -> TreeAttention:
     """Causal attention of every segment on its ancestors and itself."""
-    tree = segment_tree(segments)
-
-    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return segment_attention(query, key, value, tree, query.shape[-1] ** -0.5)
-
-    return attend
+    return TreeAttention(segment_tree(segments))

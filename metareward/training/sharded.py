@@ -19,6 +19,7 @@ from metareward.config import TrainSettings
 from metareward.errors import UserError
 from metareward.model.decoder import Decoder
 from metareward.model.hf_files import iterate_tensors, read_config
+from metareward.training.compiled import check_compiler, compile_blocks
 from metareward.training.lora import add_adapters, checkpoint_name, fill_adapters, is_adapter, merged
 from metareward.training.spread import spread_in_cells_
 
@@ -64,8 +65,9 @@ def load_sharded(
     `settings.lora_rank` only adapters require gradients, and `adapter_seed` decides where they start.
 
     Raises:
-        UserError: `train.shard_within` does not divide the number of ranks.
+        UserError: `train.shard_within` does not divide the number of ranks; or a setting needs what is not installed.
     """
+    check_compiler(settings, device)
     mesh = training_mesh(device.type, world_size, settings.shard_within)
     with torch.device("meta"):
         decoder = Decoder(read_config(folder)).float()
@@ -80,6 +82,8 @@ def load_sharded(
         if settings.compute_dtype == "bfloat16"
         else MixedPrecisionPolicy(cast_forward_inputs=False)
     )
+    if settings.compile:
+        compile_blocks(decoder)
     shard(decoder, mesh, policy)
     decoder.to_empty(device=device)
     fill(decoder, folder, spread=settings.compute_dtype == "bfloat16")

@@ -262,3 +262,20 @@ def segment_backward_cases() -> list[Arguments]:
         out, lse = torch.ops.metareward.segment_attention_cpp(*inputs, *tree)
         cases.append((randn(*out.shape).to(out.dtype), *inputs, out, lse, *tree))
     return cases
+
+
+def traced_cases() -> list[Arguments]:
+    """segment_cases with the tree as one tensor."""
+    return [
+        (query, key, value, torch.stack([offsets, torch.nn.functional.pad(parents, (0, 1), value=-1)]), scale)
+        for query, key, value, offsets, parents, scale in segment_cases()
+    ]
+
+
+def traced_backward_cases() -> list[Arguments]:
+    cases = []
+    for query, key, value, *tree in traced_cases():
+        inputs = [x.detach() for x in (query, key, value)]
+        out, lse = torch.ops.metareward.traced_segment_attention(*inputs, *tree)
+        cases.append((randn(*out.shape).to(out.dtype), *inputs, out, lse, *tree))
+    return cases

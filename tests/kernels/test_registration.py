@@ -37,6 +37,8 @@ from tests.kernels.op_cases import (
     softmax_cases,
     sum_cases,
     sums_cases,
+    traced_backward_cases,
+    traced_cases,
 )
 
 COMPILED = implementation("sample_tokens") == "cpp"
@@ -59,6 +61,8 @@ PYTHON_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "paged_attention": attention_cases,
     "sample_tokens": draw_cases,
     "keyed_uniforms": key_cases,
+    "traced_segment_attention": traced_cases,
+    "traced_segment_attention_backward": traced_backward_cases,
 }
 COMPILED_OPS: dict[str, Callable[[], list[Arguments]]] = {
     "keyed_uniforms_cpp": lambda: key_cases()[::2],
