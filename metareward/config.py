@@ -280,6 +280,8 @@ class LoggingSettings:
     """Record so many steps of every stage in full, with a trace of torch.profiler in RUN/spans; 0: off. They are slower."""
     profile_after: CountOrOff = 2
     """Steps of a stage that go before those, to warm up."""
+    memory_snapshot: bool = False
+    """On a GPU, record allocations while a stage trains, and write them to RUN/spans where memory runs out."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from metareward.run import ranks
 from metareward.run.inputs import draw_prompts, read_prompts, read_quality
 from metareward.stages.context import Context
 from metareward.stages.judge import judge_template
+from metareward.stages.out_of_memory import check_memory_snapshot
 from metareward.stages.respond import render_prompts
 from metareward.training.compiled import check_compiler
 from metareward.training.examples import check_batch
@@ -30,6 +31,7 @@ def preflight(context: Context) -> None:
     check_shard_within(recipe.train.shard_within, ranks.world_size())
     check_lora(recipe.train)
     check_compiler(recipe.train, ranks.device())
+    check_memory_snapshot(recipe.logging, ranks.device())
     ranks.on_first(lambda: check_files(context))
 
 

@@ -21,12 +21,14 @@ from metareward.run.directory import IterationFiles
 from metareward.run.jsonl import Line, read_jsonl, write_jsonl
 from metareward.run.progress import progress_bar
 from metareward.stages.context import Context
+from metareward.stages.out_of_memory import naming_out_of_memory
 from metareward.stages.preference_set import preference_examples
 from metareward.stages.training_memory import check_training_memory
 from metareward.training.compiled import naming_compiler_failures
 from metareward.training.examples import DataOrder, Example, check_batch
 from metareward.training.lora import adapter_parameters
 from metareward.training.losses import uses_reference
+from metareward.training.memory_check import Workload
 from metareward.training.objectives import Objective, pair_objective
 from metareward.training.sharded import load_sharded, whole_tensors
 from metareward.training.trainer import TrainingSet, logprobs_of, train
@@ -86,6 +88,7 @@ def write_reference(
     with (
         progress_bar(label, len(data.examples), "pairs", shown=ranks.is_first()) as bar,
         naming_compiler_failures(context.recipe.train),
+        naming_out_of_memory(context, iteration, "reference", workload(decoder, data), context.recipe.train),
     ):
         found = logprobs_of(decoder, data, ranks.device(), bar.update, context.spans)
     context.spans.mark("write")
@@ -173,7 +176,10 @@ def run_training(
             )
             bar.update(step - bar.n)
 
-        with naming_compiler_failures(settings):
+        with (
+            naming_compiler_failures(settings),
+            naming_out_of_memory(context, iteration, stage, workload(decoder, data), settings),
+        ):
             train(decoder, data, objective, settings, files.training, ranks.device(), on_step, context.spans)
     context.spans.mark("write")
     write_model(decoder, policy, files.model, context.recipe.save_dtype)
@@ -190,6 +196,11 @@ def run_training(
     )
     # The finished model takes their place: they only serve to continue this stage.
     ranks.on_first(lambda: drop_checkpoints(files.training))
+
+
+def workload(decoder: Decoder, data: TrainingSet) -> Workload:
+    """What the estimate of memory is of."""
+    return Workload(decoder.config, data.examples, data.order.batch, ranks.world_size(), ranks.device().type)
 
 
 def model_facts(decoder: Decoder, settings: TrainSettings) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def advice(work: Workload, settings: TrainSettings, free: int) -> str:
     for count in range(2, len(found) + 1):
         if fits(found[:count], work, settings, free):
             return told(found[:count])
-    return "no setting brings it within; take a smaller model, or " + (
+    return "no setting saves enough; take a smaller model, or " + (
         "a machine with more memory" if work.device_type == "cpu" else "more or larger GPUs"
     )
 

@@ -241,7 +241,7 @@ def test_more_gpus_or_a_smaller_model(settings: TrainSettings) -> None:
     with pytest.raises(UserError, match=r"free: start [248] processes on as many GPUs;"):
         check_memory(load, lean, alone.peak - alone.optimizer // 4)
     with pytest.raises(
-        UserError, match=r"no setting brings it within; take a smaller model, or more or larger GPUs;"
+        UserError, match=r"no setting saves enough; take a smaller model, or more or larger GPUs;"
     ):
         check_memory(load, lean, 1000)
     with pytest.raises(UserError, match=r"or a machine with more memory;"):
