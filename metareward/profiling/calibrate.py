@@ -37,8 +37,9 @@ PAIRS, COMPLETION = 4, 96
 def calibrate(model: Path, machine: Machine, recipe: Recipe) -> Machine:
     """The machine with the shares that the model at `model` reaches under the recipe's sampler and train settings.
 
-    The shares: prefill, decode, sample (of their limits), train (forward and backward), optimizer. Also host_step, the seconds of
-    scheduling and book-keeping a step, and load_rate, bytes a second of loading the model for sampling and for training.
+    The shares: prefill, decode, sample (of their limits), train (forward and backward, with what is computed again), optimizer.
+    Also host_step, the seconds of scheduling and book-keeping a step, and load_rate, bytes a second of loading the model for
+    sampling and for training.
     """
     chat = Chat.load(model, recipe.model.chat_template_kwargs)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +53,7 @@ def calibrate(model: Path, machine: Machine, recipe: Recipe) -> Machine:
     trained = {item.phase: item for item in figures["train"].phases}
 
     def share(*phases: PhaseFigures) -> float:
-        limit, seconds = sum(item.limit or 0.0 for item in phases), sum(item.seconds for item in phases)
+        limit, seconds = sum(item.limit_of_all for item in phases), sum(item.seconds for item in phases)
         return limit / seconds
 
     reached = {

@@ -33,13 +33,20 @@ STEP_PHASES = ("data", "forward", "backward", "communication", "optimizer")
 @dataclass(frozen=True)
 class PhaseFigures:
     """A phase of a stage: seconds (mean over ranks), FLOPs and least bytes of one rank, seconds at the limit, or None where
-    no machine was measured."""
+    no machine was measured. recomputed: FLOPs on top, of what is computed again; no part of flops, limit or MFU."""
 
     phase: str
     seconds: float
     flops: float
     bytes: float
     limit: float | None
+    recomputed: float = 0.0
+
+    @property
+    def limit_of_all(self) -> float:
+        """Seconds at the limit with what is computed again; 0 where no machine was measured."""
+        again = self.recomputed / self.flops if self.flops else 0.0
+        return (self.limit or 0.0) * (1.0 + again)
 
     @property
     def over(self) -> float:
@@ -104,6 +111,21 @@ def phase_cost(stage: StageTime, phase: str, config: ModelConfig, ranks: int) ->
     return 0.0, 0.0
 
 
+def recomputed_flops(stage: StageTime, phase: str, config: ModelConfig) -> float:
+    """FLOPs over all ranks that the backward pass computes again: blocks under full activation checkpointing, and the logits of a
+    head that does not make its gradients in the forward pass. Stages of earlier versions do not say how they kept activations."""
+    if phase != "backward":
+        return 0.0
+    work = Work.of(stage.counts.get("forward", {}))
+    return step_flops(
+        config,
+        work,
+        recompute_blocks=stage.notes.get("activation_checkpointing") == "full",
+        recomputed_head_rows=work.logit_rows - work.fused_rows,
+        adapter_weights=int(stage.notes.get("adapter_parameters", 0)) // config.num_layers,
+    ).recomputed
+
+
 def phase_figures(stage: StageTime, machine: Machine | None, ranks: int, sharing: int) -> list[PhaseFigures]:
     """All phases of a stage, the longest first. sharing: ranks that share the machine's rates (on a CPU)."""
     config = config_of(stage)
@@ -111,6 +133,7 @@ def phase_figures(stage: StageTime, machine: Machine | None, ranks: int, sharing
     for phase, seconds in stage.mean_phases.items():
         flops, nbytes = (0.0, 0.0) if config is None else phase_cost(stage, phase, config, ranks)
         flops, nbytes = flops / ranks, nbytes / ranks
+        again = 0.0 if config is None else recomputed_flops(stage, phase, config) / ranks
         limit = None
         if machine is not None and config is None and phase in COMPUTING:
             pass  # a stage of an earlier version, or killed before it knew its model
@@ -118,7 +141,7 @@ def phase_figures(stage: StageTime, machine: Machine | None, ranks: int, sharing
             limit = sharing * max(flops / machine.rate(stage.notes["dtype"]), nbytes / machine.bandwidth)
         elif machine is not None:
             limit = 0.0
-        found.append(PhaseFigures(phase, seconds, flops, nbytes, limit))
+        found.append(PhaseFigures(phase, seconds, flops, nbytes, limit, again))
     return sorted(found, key=lambda item: -item.seconds)
 
 

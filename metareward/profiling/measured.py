@@ -26,7 +26,8 @@ def measured_values(root: Path, machine: Machine | None) -> dict[str, float]:
 
 
 def reached_values(figures: list[StageFigures]) -> dict[str, float]:
-    """Shares of the limits over all stages; a step over prompts and next tokens counts for both."""
+    """Shares of the limits over all stages; a step over prompts and next tokens counts for both. Training reaches what it computes
+    again too, so that a plan may have another activation checkpointing than the run."""
     found: dict[str, float] = {}
     for name, phases in (
         ("prefill_reached", ("prefill", "mixed")),
@@ -37,7 +38,7 @@ def reached_values(figures: list[StageFigures]) -> dict[str, float]:
     ):
         parts = [phase for item in figures for phase in item.phases if phase.phase in phases]
         seconds = sum(part.seconds for part in parts)
-        limit = sum(part.limit or 0.0 for part in parts)
+        limit = sum(part.limit_of_all for part in parts)
         if seconds > 0 and limit > 0:
             found[name] = limit / seconds
     sampled = [item for item in figures if item.new_tokens]

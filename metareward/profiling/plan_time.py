@@ -91,18 +91,31 @@ def sampling_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> d
 
 
 def training_parts(work: StageWork, setting: Setting, assumed: Assumptions) -> dict[str, float]:
+    """Seconds of a training stage.
+
+    What is computed again takes its time: blocks under full activation checkpointing, and the logits of SFT. `train_reached` counts
+    it as reached, also where it was measured (figures.limit_of_all), so it holds for any activation checkpointing; MFU does
+    not count it. Cheap rows that selective checkpointing computes again are no products and are not counted, nor are the
+    logits of pairs longer than a chunk of the head.
+    """
     machine, config, gpus = setting.machine, setting.config, setting.gpus
     assert machine is not None
     adapters = adapter_parameters(config, setting.recipe.train)
     counted = (
         forward_flops(config, work.forward)
         if work.stage == "reference"
-        else step_flops(config, work.forward, adapter_weights=adapters // config.num_layers)
+        else step_flops(
+            config,
+            work.forward,
+            recompute_blocks=setting.recipe.train.activation_checkpointing == "full",
+            recomputed_head_rows=work.forward.logit_rows if work.stage == "seed" else 0.0,
+            adapter_weights=adapters // config.num_layers,
+        )
     )
     rate = machine.rate(setting.recipe.train.compute_dtype)
     parameters = parameter_count(config)
     trained = adapters or parameters
-    parts = {"compute": counted.model / rate / gpus / assumed.train_reached}
+    parts = {"compute": (counted.model + counted.recomputed) / rate / gpus / assumed.train_reached}
     if work.stage == "reference":
         return parts
     update = optimizer_bytes(trained) / machine.bandwidth / gpus

@@ -205,7 +205,11 @@ def workload(decoder: Decoder, data: TrainingSet) -> Workload:
 
 def model_facts(decoder: Decoder, settings: TrainSettings) -> dict[str, Any]:
     """What the stage profile needs to know of the model."""
-    facts = {"model": decoder.config.hf, "dtype": settings.compute_dtype}
+    facts = {
+        "model": decoder.config.hf,
+        "dtype": settings.compute_dtype,
+        "activation_checkpointing": settings.activation_checkpointing,
+    }
     adapters = adapter_parameters(decoder.config, settings)
     return {**facts, "adapter_parameters": adapters} if adapters else facts
 

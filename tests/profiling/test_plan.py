@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from metareward.config import Iteration, Recipe, TrainSettings
 from metareward.errors import UserError
 from metareward.model.config import ModelConfig
-from metareward.model.flops import inference_flops, step_flops
+from metareward.model.flops import Work, forward_flops, inference_flops, step_flops
 from metareward.profiling.assumptions import Assumptions, with_values
 from metareward.profiling.machine import Machine, save
 from metareward.profiling.measured import measured_values
@@ -25,6 +27,7 @@ from metareward.profiling.plan_time import (
     training_memory,
 )
 from metareward.profiling.plan_work import Kind, StageWork, all_work, training_work
+from metareward.training.lora import adapter_parameters
 from metareward.training.memory import LargestBatch, memory_of
 from metareward.training.packing import SMALLEST_SHARED
 
@@ -49,6 +52,7 @@ ASSUMED = Assumptions(
     parsed_share=1.0,
     actor_pair_share=0.5,
     judge_pair_share=0.4,
+    train_reached=0.4,
 )
 FAST = Machine("made up", 1, 1e9, 1e9, {"bfloat16": 2e8, "float32": 1e8}, "2.13", "today")
 
@@ -148,9 +152,14 @@ def test_seconds_by_hand() -> None:
     assert judge.parts["prefill"] == pytest.approx(inference_flops(CONFIG, judge.work.prefill) / 1e8 / 0.5)
     assert judge.parts["host"] == pytest.approx(0.002 * judge.work.decode.passes)
     assert judge.parts["sample"] == pytest.approx(4 * 10 * 2700 / 1e9 / 0.3)
-    assert train.parts["compute"] == pytest.approx(step_flops(CONFIG, train.work.forward).model / 1e8 / 0.4)
+    # The default computes every block again.
+    rows, positions = train.work.forward.rows, train.work.forward.pairs
+    weights = 4 * (2 * 4 + 2 * 2) + 3 * 4 * 6
+    again = 2 * rows * 2 * (weights - 4 * 6) + 4 * positions * 2 * 4
+    model = step_flops(CONFIG, train.work.forward).model
+    assert train.parts["compute"] == pytest.approx((model + again) / 1e8 / 0.4)
     assert train.parts["optimizer"] == pytest.approx(28 * 340 * 9 / 1e9 / 0.5)
-    assert stages["reference"].parts["compute"] == pytest.approx(train.parts["compute"] / 3 / 3)
+    assert stages["reference"].parts["compute"] == pytest.approx(model / 1e8 / 0.4 / 3 / 3)
     # Twice the GPUs, half the computing.
     double = {item.work.stage: item for item in plan(replace(setting, gpus=2), ASSUMED)}
     assert double["judge"].parts["prefill"] == pytest.approx(judge.parts["prefill"] / 2, rel=0.02)
@@ -173,6 +182,63 @@ def test_gpus_that_share_a_model_are_one_engine() -> None:
     part, its_cache = sampling_memory(two)
     matrices = 4 * 2 * 10 * 4 + 4 * (2 * 2 + 1) * 4
     assert (part, its_cache) == ((weights - matrices) / 2 + matrices, cache / 2)
+
+
+def seconds_of_training(setting: Setting, mode: str, **changes: Any) -> dict[str, float]:
+    """Stage -> seconds of forward and backward under an activation checkpointing."""
+    recipe = setting.recipe
+    train = replace(recipe.train, activation_checkpointing=mode, **changes)
+    found = plan(replace(setting, recipe=replace(recipe, train=train)), ASSUMED)
+    return {item.work.stage: item.parts["compute"] for item in found if "compute" in item.parts}
+
+
+def test_what_is_computed_again_takes_its_time() -> None:
+    recipe = small_recipe()
+    taught = replace(recipe, seed=replace(recipe.seed, enabled=True, max_examples=9))
+    lengths = replace(LENGTHS, seed_prompt=150, seed_target=20)
+    setting = Setting(taught, CONFIG, lengths, 1, "float32", FAST)
+    none, selective, full = (seconds_of_training(setting, mode) for mode in ("none", "selective", "full"))
+    assert none == selective
+    # A reference is a forward pass: nothing is computed again.
+    assert full["reference"] == none["reference"]
+    work = {item.work.stage: item.work.forward for item in plan(setting, ASSUMED)}
+    for stage in ("seed", "train"):
+        once = forward_flops(CONFIG, work[stage])
+        last = 2 * work[stage].rows * 2 * 4 * 6
+        assert full[stage] - none[stage] == pytest.approx((once.dense - last + once.attention) / 1e8 / 0.4)
+    # SFT makes its logits twice, pairs once.
+    once = forward_flops(CONFIG, work["seed"])
+    assert none["seed"] == pytest.approx((3 * once.model + once.head) / 1e8 / 0.4)
+    assert none["train"] == pytest.approx(3 * forward_flops(CONFIG, work["train"]).model / 1e8 / 0.4)
+    # Adapters are computed again with their matrices.
+    once = forward_flops(CONFIG, work["train"])
+    adapters = 2 * work["train"].rows * adapter_parameters(CONFIG, TrainSettings(lora_rank=3))
+    with_adapters = [seconds_of_training(setting, mode, lora_rank=3)["train"] for mode in ("none", "full")]
+    again = (once.dense - 2 * work["train"].rows * 2 * 4 * 6 + adapters + once.attention) / 1e8 / 0.4
+    assert with_adapters[1] - with_adapters[0] == pytest.approx(again)
+
+
+def test_measured_rates_serve_a_plan_with_another_checkpointing(run: Path, machine: Machine) -> None:
+    """The share that a run reaches counts what it computed again, so the run planned as it was takes as long as it took."""
+    forward = Work(passes=8, rows=1600, logit_rows=200, pairs=18_000, fused_rows=150)
+    shares = {}
+    for mode in ("none", "full"):
+        for path in (run / "spans").glob("rank-*.jsonl"):
+            path.write_text(with_note(path.read_text(), activation_checkpointing=mode))
+        shares[mode] = measured_values(run, machine)["train_reached"]
+        flops = step_flops(CONFIG, forward, recompute_blocks=mode == "full", recomputed_head_rows=50)
+        # 4 s of forward and backward; two ranks share 2e6 FLOP/s.
+        assert shares[mode] == pytest.approx((flops.model + flops.recomputed) / 4.0 / 2e6)
+    assert shares["full"] > 1.2 * shares["none"]
+
+
+def with_note(text: str, **facts: Any) -> str:
+    """Spans whose notes on training say this too."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        if line["kind"] == "note" and line["stage"] == "train":
+            line.update(facts)
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def test_what_dominates_is_found() -> None:
