@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from metareward_kernels import dispatch
@@ -13,7 +14,7 @@ from metareward_kernels.head_chunk import runs_compiled
 
 from bench.dpo_job import Job
 from bench.dpo_oracle import oracle_steps
-from bench.sides import peak_since, reply, start_peak
+from bench.sides import peak_since, reply, start_peak, wait_for_device
 from metareward.model.data_sheets import no_mfu
 from metareward.model.decoder import Decoder
 from metareward.run import ranks
@@ -48,12 +49,13 @@ def serve_oracle(connection: Connection, job: Job) -> None:
         reply(connection, {"steps": oracle_steps(job, int(command))})
 
 
-def serve_ours(connection: Connection, job: Job) -> None:
+def serve_ours(connection: Connection, job: Job, device_type: str = "cpu") -> None:
     """A "step" is one of the trainer's own; "profile" is one under torch.profiler, with its table.
 
-    The trainer runs through; the callback it calls after every step waits until the next is asked for.
+    The trainer runs through; the callback it calls after every step waits until the next is asked for. `whole_seconds` are
+    those from the command to the end of all the step's work, on a GPU too.
     """
-    device = torch.device("cpu")
+    device = torch.device(device_type)
     ranks.start_ranks()
     decoder = load_sharded(job.model, job.settings, device, ranks.world_size())
     data = TrainingSet(job.examples, job.order, job.settings.micro_batch_tokens)
@@ -67,10 +69,12 @@ def serve_ours(connection: Connection, job: Job) -> None:
     )
     profiler: torch.profiler.profile | None = None
     before: int | None = None
+    began = 0.0
 
     def await_command() -> None:
-        nonlocal profiler
+        nonlocal profiler, began
         command = connection.recv()
+        began = perf_counter()
         if command == "stop":
             raise Enough
         if command == "profile":
@@ -79,6 +83,8 @@ def serve_ours(connection: Connection, job: Job) -> None:
 
     def on_step(step: int, steps: int, figures: Mapping[str, float]) -> None:
         nonlocal profiler
+        wait_for_device(device_type)
+        seconds = perf_counter() - began
         table = None
         if profiler is not None:
             profiler.stop()
@@ -86,12 +92,13 @@ def serve_ours(connection: Connection, job: Job) -> None:
                 sort_by="self_cpu_time_total", row_limit=ROWS, max_name_column_width=60
             )
             profiler = None
-        reply(connection, {**figures, **peak_since(before), "profile": table})
+        peaks = peak_since(before, device_type)
+        reply(connection, {**figures, "whole_seconds": seconds, **peaks, "profile": table})
         await_command()
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            before = start_peak()
+            before = start_peak(device_type)
             await_command()
             objective = pair_objective(job.settings, reference)
             train(decoder, data, objective, job.settings, Path(folder), device, on_step)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bench.dpo_job import Job
-from bench.sides import peak_since, reply, start_peak
+from bench.sides import peak_since, reply, start_peak, wait_for_device
 
 NEEDED = ("trl", "datasets", "accelerate")
 
@@ -69,7 +69,9 @@ def rows_of(job: Job, steps: int) -> list[dict[str, Sequence[int]]]:
     ]
 
 
-def serve_peer(connection: Connection, job: Job, setting: PeerSetting, steps: int) -> None:
+def serve_peer(
+    connection: Connection, job: Job, setting: PeerSetting, steps: int, device_type: str = "cpu"
+) -> None:
     """Exactly `steps` steps, each when it is asked for: `train` runs through, and a callback waits."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -106,19 +108,22 @@ def serve_peer(connection: Connection, job: Job, setting: PeerSetting, steps: in
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 0:
-                self.before = start_peak()
+                self.before = start_peak(device_type)
             if connection.recv() == "stop":
                 raise Stopped
             trainer.tokens = 0
             self.began = perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            wait_for_device(device_type)
             self.seconds = perf_counter() - self.began
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             if "grad_norm" in logs:
                 figures = {"loss": logs["loss"], "grad_norm": logs["grad_norm"], "tokens": trainer.tokens}
-                reply(connection, {**figures, "seconds": self.seconds, **peak_since(self.before)})
+                reply(
+                    connection, {**figures, "seconds": self.seconds, **peak_since(self.before, device_type)}
+                )
 
     settings = job.settings
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +140,7 @@ def serve_peer(connection: Connection, job: Job, setting: PeerSetting, steps: in
             max_grad_norm=settings.max_grad_norm,
             beta=settings.beta,
             bf16=True,
-            use_cpu=True,
+            use_cpu=device_type == "cpu",
             gradient_checkpointing=setting.gradient_checkpointing,
             max_length=None,
             precompute_ref_log_probs=True,

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from bench.peak_memory import reset_high_water_mark, status_bytes
 from metareward.errors import UserError
 
@@ -89,15 +91,27 @@ def reply(connection: Connection, figures: Figures) -> None:
     connection.send(("figures", figures))
 
 
-def start_peak() -> int | None:
+def start_peak(device: str = "cpu") -> int | None:
     """Give free memory back, let the peak begin anew and return the bytes held now; None where the system cannot."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     return status_bytes("VmRSS") if reset_high_water_mark() else None
 
 
-def peak_since(before: int | None) -> Figures:
-    """`peak_whole_bytes`: the process's peak since `start_peak`; `peak_bytes`: that less what it held before."""
+def peak_since(before: int | None, device: str = "cpu") -> Figures:
+    """`peak_whole_bytes`: the process's peak since `start_peak`, on a GPU that of its tensors; `peak_bytes`: that less what it
+    held before."""
     if before is None:
         return {"peak_bytes": None, "peak_whole_bytes": None}
-    whole = status_bytes("VmHWM")
+    whole = torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
     return {"peak_bytes": whole - before, "peak_whole_bytes": whole}
+
+
+def wait_for_device(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
