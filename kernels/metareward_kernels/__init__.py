@@ -31,8 +31,9 @@ from metareward_kernels.packed_linear import (
 from metareward_kernels.paged_attention import Segments, paged_attention
 from metareward_kernels.random_keys import keyed_uniforms, request_key
 from metareward_kernels.sample import sample_tokens
-from metareward_kernels.segment_attention import SegmentTree, segment_attention
+from metareward_kernels.segment_attention import segment_attention
 from metareward_kernels.segment_graph import traced_segment_attention
+from metareward_kernels.segment_tree import SegmentTree
 
 __all__ = [
     "DpoLoss",

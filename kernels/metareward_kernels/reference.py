@@ -15,7 +15,7 @@ from metareward_kernels.pair_losses import PairLogprobs, PairLoss
 
 if TYPE_CHECKING:
     from metareward_kernels.paged_attention import Segments
-    from metareward_kernels.segment_attention import SegmentTree
+    from metareward_kernels.segment_tree import SegmentTree
 
 MASK32 = 0xFFFFFFFF
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metareward_kernels.segment_attention import SegmentTree, runs_compiled, segment_attention_uncompiled
+from metareward_kernels.segment_attention import runs_compiled, segment_attention_uncompiled
+from metareward_kernels.segment_tree import SegmentTree
 
 
 @lru_cache(maxsize=4)

@@ -12,68 +12,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metareward_kernels import dispatch
-
-if TYPE_CHECKING:
-    from metareward_kernels.segment_attention import SegmentTree
+from metareward_kernels.segment_tree import VarlenLayout
 
 LARGEST_HEAD = 256
 """Channels of a head that the flash kernels take at most."""
 
 
-@dataclass(frozen=True)
-class VarlenLayout:
-    """A tree's segments as pairs of sequences, all on one device; segments without tokens are left out.
-
-    keys: [K] int64, which rows of the keys lie beside each other; None: all, as they are. query_offsets, key_offsets: [S+1] int32.
-    """
-
-    keys: Tensor | None
-    query_offsets: Tensor
-    key_offsets: Tensor
-    most_queries: int
-    most_keys: int
-
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
-        """As both kernels take them, behind query, key and value."""
-        return self.query_offsets, self.key_offsets, self.most_queries, self.most_keys
-
-
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenLayout, float], Tensor]
 """(query [T,Hq,D], gathered key and value [K,Hk,D], layout, scale) -> [T,Hq,D]; a segment's last query sees its last key."""
-
-
-def layout_of(tree: SegmentTree, device: torch.device) -> VarlenLayout:
-    """The layout of a tree, copied to the device; `segment_attention` makes it once for all layers."""
-    spans = [(own, above) for own, above in tree.spans() if own.stop > own.start]
-    queries = [own.stop - own.start for own, _ in spans]
-    sequences = [
-        torch.cat([torch.arange(span.start, span.stop) for span in (*above, own)]) for own, above in spans
-    ]
-    counts = [len(sequence) for sequence in sequences]
-    gathered = any(above for _, above in spans)
-    return VarlenLayout(
-        torch.cat(sequences).to(device) if gathered else None,
-        offsets(queries).to(device),
-        offsets(counts).to(device),
-        max(queries, default=0),
-        max(counts, default=0),
-    )
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    """[S+1] int32: where each of so many sequences begins, and where the last ends."""
-    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).int()
 
 
 def segment_attention_varlen(

@@ -142,7 +142,7 @@ MISTAKES = [
     ),
     Mistake(
         "segments, torch: a token sees the next one",
-        "segment_attention.py",
+        "segment_tree.py",
         ".tril()",
         ".tril(1)",
         TORCH_TREE,
@@ -150,7 +150,7 @@ MISTAKES = [
     ),
     Mistake(
         "segments, torch: the parent's ancestors are forgotten",
-        "segment_attention.py",
+        "segment_tree.py",
         "(*spans[parent][1], spans[parent][0])",
         "(spans[parent][0],)",
         TORCH_TREE,
@@ -174,7 +174,7 @@ MISTAKES = [
     ),
     Mistake(
         "segments, variable length: ancestors are not gathered",
-        "segment_varlen.py",
+        "segment_tree.py",
         "(*above, own)",
         "(own,)",
         VARLEN,
@@ -182,7 +182,7 @@ MISTAKES = [
     ),
     Mistake(
         "segments, variable length: the keys begin where the queries do",
-        "segment_varlen.py",
+        "segment_tree.py",
         "offsets(counts).to(device)",
         "offsets(queries).to(device)",
         VARLEN,

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from metareward_kernels import SegmentTree, segment_attention, segment_varlen
-from metareward_kernels.segment_varlen import VarlenLayout, flash_attn_kernel, layout_of, torch_kernel
+from metareward_kernels.segment_tree import VarlenLayout, layout_of
+from metareward_kernels.segment_varlen import flash_attn_kernel, torch_kernel
 from torch import Tensor
 
 from tests.kernels.segment_checks import TREES, check, exact, make, run
