@@ -230,8 +230,9 @@ class TrainSettings:
     results of matrix products and attention, and only the cheap rest is computed twice. Changes memory and speed, not the
     result. (ours)"""
     compile: bool = False
-    """torch.compile for every layer, one compiled function for all of them. Changes speed, and the result by floating-point noise.
-    Off, because compiling takes longer than it saves on a CPU and in short runs, and on a GPU it has not been tried. (ours)"""
+    """torch.compile for every layer, one compiled function for all of them. Changes speed and memory, and the result by
+    floating-point noise. Off, because short runs do not get back the time that compiling takes, and on a GPU it has not been
+    tried. (ours)"""
     shard_within: CountOrOff = 0
     """Processes that share one copy of the weights and optimizer state, usually those of a node: gathering then stays inside of
     it, and only gradients cross (hybrid sharding). Must divide the number of processes; 0: all. (ours)"""
